@@ -1,0 +1,3 @@
+//! `husk.toml`: one file, one typed, checked [`Config`].
+
+#![forbid(unsafe_code)]

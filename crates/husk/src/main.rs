@@ -1,0 +1,3 @@
+//! The husk command-line tool.
+
+fn main() {}

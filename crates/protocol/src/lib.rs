@@ -1,0 +1,38 @@
+//! What the shim and husk-agent agree on: the ttrpc service `husk.agent.v1` (generated from `proto/agent.proto`), the
+//! vsock ports, and the name and place of the shared folder.
+
+mod generated {
+    #![allow(
+        missing_docs,
+        unreachable_pub,
+        missing_debug_implementations,
+        clippy::all,
+        reason = "generated code; its documentation is proto/agent.proto"
+    )]
+    include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+}
+
+pub use generated::agent;
+pub use generated::agent_ttrpc;
+
+/// Context identifier of the host on a virtio-vsock device (virtio 1.3, 5.10.4).
+pub const HOST_CID: u32 = 2;
+
+/// Context identifier of the guest. Every VM has a device and an address space of its own, so all use the same.
+pub const GUEST_CID: u32 = 3;
+
+/// Port on the host to which the agent connects once it listens on [`AGENT_PORT`] and [`STREAM_PORT`]: the one
+/// connection that a guest may open. It carries no data; that it is made is the news.
+pub const READY_PORT: u32 = 1024;
+
+/// Port in the guest on which the agent serves ttrpc.
+pub const AGENT_PORT: u32 = 1024;
+
+/// Port in the guest that takes the standard streams, one connection each.
+pub const STREAM_PORT: u32 = 1025;
+
+/// Tag of the virtio-fs device that shares the pod's folder.
+pub const SHARE_TAG: &str = "husk";
+
+/// Where the agent mounts the shared folder, in its own mount namespace.
+pub const SHARE_MOUNT_POINT: &str = "/run/husk/share";

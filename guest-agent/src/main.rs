@@ -1,0 +1,3 @@
+//! husk-agent, the init of the guest.
+
+fn main() {}

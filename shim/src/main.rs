@@ -1,0 +1,3 @@
+//! containerd shim v2 for Husk.
+
+fn main() {}
