@@ -1,0 +1,210 @@
+# shellcheck shell=bash
+#
+# What the scripts of ci/ share: messages, Debian packages, and the cache.
+# Sourced, never run:
+#
+#     set -euo pipefail
+#     . "$(dirname "$(readlink -f "$0")")/lib.sh"
+#
+# The rules that hold for every script here: it says on standard error what it is doing (standard
+# output belongs to what it was asked to run), it installs or fetches what is missing, it may be run
+# again at once or twice at the same time, and it cleans up after itself.
+
+# A failing step inside $(...) ends that too.
+shopt -s inherit_errexit
+
+# The repository's root, whatever the caller's working directory.
+HUSK_ROOT=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
+
+# Everything that is expensive to make again lives here, one folder per hash of its inputs.
+HUSK_CACHE=${HUSK_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/husk}
+
+# What the scripts hand to each other and to people; links into the cache and built programs.
+# shellcheck disable=SC2034 # for those who source this file
+HUSK_GUEST_DIR=$HUSK_ROOT/target/guest
+
+# say MESSAGE... - tells what is being done.
+say() {
+    printf '%s: %s\n' "${0##*/}" "$*" >&2
+}
+
+# die MESSAGE... - ends the script with a reason.
+die() {
+    say "error: $*"
+    exit 1
+}
+
+# as_root COMMAND... - runs COMMAND as root, by sudo if need be.
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        die "'$*' needs root and there is no sudo; run this script as root"
+    fi
+}
+
+# on_exit COMMAND - adds a clean-up step; steps run in reverse order however the script ends.
+HUSK_CLEANUP=
+on_exit() {
+    HUSK_CLEANUP="$1${HUSK_CLEANUP:+; $HUSK_CLEANUP}"
+    # shellcheck disable=SC2064 # expanded now on purpose: the list as it stands
+    trap "$HUSK_CLEANUP" EXIT
+}
+
+# hash_of FILE|STRING... - one short hash over the contents of files and over plain words.
+hash_of() {
+    local item
+    for item in "$@"; do
+        if [ -f "$item" ]; then
+            sha256sum <"$item"
+        else
+            printf '%s\n' "$item"
+        fi
+    done | sha256sum | cut -c1-16
+}
+
+# cached NAME HASH BUILDER [ARGS...] - prints the cache folder for NAME at HASH.
+# If it is not there, runs `BUILDER DIR ARGS...` to fill it. The folder appears whole or not at all
+# (built beside, then renamed), and of two scripts that want it at once one builds and one waits.
+cached() {
+    local name=$1 hash=$2 builder=$3
+    shift 3
+    local dir=$HUSK_CACHE/$name-$hash
+    mkdir -p "$HUSK_CACHE"
+    if [ ! -d "$dir" ]; then
+        exec {HUSK_LOCK}>"$HUSK_CACHE/.$name.lock"
+        flock "$HUSK_LOCK"
+        if [ ! -d "$dir" ]; then
+            local partial=$HUSK_CACHE/.$name-$hash.partial
+            rm -rf "$partial"
+            mkdir -p "$partial"
+            # bash ignores a failing step of whatever is called in a condition, so the builder's
+            # status is caught without one, and `cached` itself must not be called in one.
+            local status
+            set +e
+            (
+                set -e
+                "$builder" "$partial" "$@"
+            ) >&2
+            status=$?
+            set -e
+            if [ "$status" -ne 0 ]; then
+                die "building $name failed; what it left is in $partial"
+            fi
+            mv "$partial" "$dir"
+        fi
+        exec {HUSK_LOCK}>&-
+    fi
+    # The newest use, for whoever prunes the cache by age.
+    touch "$dir"
+    printf '%s\n' "$dir"
+}
+
+# --- Debian packages -------------------------------------------------------------------------
+
+# debian_mirror - prints the address of the Debian archive that this machine itself uses.
+debian_mirror() {
+    local mirror
+    # shellcheck disable=SC2016 # apt-get's own variables
+    mirror=$(apt-get indextargets --format '$(REPO_URI) $(ORIGIN) $(LABEL)' 2>/dev/null |
+        awk '$2 == "Debian" && $3 == "Debian" { sub("/$", "", $1); print $1; exit }')
+    printf '%s\n' "${mirror:-http://deb.debian.org/debian}"
+}
+
+# apt_for RELEASE COMMAND... - runs an apt command against RELEASE alone, with lists and archives
+# of its own: neither the machine's own sources (some of which may be down) nor what they say
+# matter, and nothing that is fetched here changes what the machine's apt sees.
+# RELEASE is a suite, or `machine`: Debian 12 with its backports, from which the scripts install.
+apt_for() {
+    local release=$1 command=$2
+    shift 2
+    local dir=$HUSK_CACHE/apt/$release
+    "$command" \
+        -o Dir::Etc::SourceList="$dir/sources.list" -o Dir::Etc::SourceParts=- \
+        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts="$dir/preferences.d" \
+        -o Dir::State::Lists="$dir/lists" -o Dir::Cache="$dir" \
+        -o APT::Sandbox::User=root -o Acquire::Retries=3 \
+        -o Acquire::Languages=none -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false \
+        "$@"
+}
+
+# apt_refresh RELEASE - fetches RELEASE's package lists, at most once a day.
+apt_refresh() {
+    local release=$1
+    local dir=$HUSK_CACHE/apt/$release
+    if [ -n "$(find "$dir/fresh" -mmin -1440 2>/dev/null)" ]; then
+        return
+    fi
+    local mirror suites
+    mirror=$(debian_mirror)
+    case $release in
+    machine) suites='bookworm bookworm-updates bookworm-backports' ;;
+    *) suites=$release ;;
+    esac
+    mkdir -p "$dir/lists/partial" "$dir/archives/partial" "$dir/preferences.d"
+    exec {HUSK_APT_LOCK}>"$dir/lock"
+    flock "$HUSK_APT_LOCK"
+    local suite
+    for suite in $suites; do
+        printf 'deb [signed-by=%s] %s %s main\n' \
+            /usr/share/keyrings/debian-archive-keyring.gpg "$mirror" "$suite"
+    done >"$dir/sources.list"
+    say "reading Debian's package lists ($suites)"
+    apt_for "$release" apt-get -qq update >&2 || die "Debian's package lists at $mirror cannot be read"
+    touch "$dir/fresh"
+    exec {HUSK_APT_LOCK}>&-
+}
+
+# need_packages PACKAGE[/SUITE]... - installs what of these the machine lacks.
+need_packages() {
+    local package missing=()
+    for package in "$@"; do
+        if [ "$(dpkg-query -W -f '${db:Status-Status}' "${package%/*}" 2>/dev/null)" != installed ]; then
+            missing+=("$package")
+        fi
+    done
+    if [ "${#missing[@]}" -eq 0 ]; then
+        return
+    fi
+    apt_refresh machine
+    say "installing ${missing[*]}"
+    local log
+    log=$(mktemp)
+    # shellcheck disable=SC2016 # for the inner shell
+    # PACKAGE/SUITE pins that package alone; its dependencies may come from backports too.
+    if ! as_root env DEBIAN_FRONTEND=noninteractive HUSK_CACHE="$HUSK_CACHE" \
+        bash -c '. "$0"; apt_for machine apt-get -qq -y --no-install-recommends \
+            -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 "$@"' \
+        "$HUSK_ROOT/ci/lib.sh" install "${missing[@]}" >"$log" 2>&1; then
+        cat "$log" >&2
+        rm -f "$log"
+        die "installing ${missing[*]} failed"
+    fi
+    rm -f "$log"
+}
+
+# package_version RELEASE PACKAGE - the version that RELEASE offers.
+package_version() {
+    apt_refresh "$1"
+    apt_for "$1" apt-cache --no-all-versions show "$2" 2>/dev/null |
+        sed -n 's/^Version: //p' | head -n1
+}
+
+# unpack_packages DIR RELEASE PACKAGE[/SUITE]... - fetches packages and unpacks them below DIR
+# without installing them.
+unpack_packages() {
+    local dir=$1 release=$2
+    shift 2
+    apt_refresh "$release"
+    say "fetching $* from Debian ($release)"
+    local debs
+    debs=$(mktemp -d)
+    (cd "$debs" && apt_for "$release" apt-get -qq download "$@") >&2
+    local deb
+    for deb in "$debs"/*.deb; do
+        dpkg -x "$deb" "$dir"
+    done
+    rm -rf "$debs"
+}
