@@ -2,8 +2,9 @@
 //!
 //! The transport (`crate::pci`) owns everything that all devices share: status, feature negotiation, queue
 //! configuration, interrupts. A device owns what makes it this device. Its life is
-//! `new → (activate → reset)*`: `activate` moves the queues into the device's worker thread, `reset` stops that thread
-//! and takes back the device's backend, so that a driver may start over (virtio 1.3, 2.1 and 2.4).
+//! `new → (activate → (pause → activate)* → reset)*`: `activate` moves the queues into the device's worker thread;
+//! `pause` stops that thread and hands the queues back as they stand, so that the VM can be saved, or run on with the
+//! same queues; `reset` forgets them, so that a driver may start over (virtio 1.3, 2.1 and 2.4).
 
 use std::fmt;
 use std::sync::Arc;
@@ -108,11 +109,19 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// Writes to the device-specific configuration space. Most devices have nothing that a driver may write.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    /// Starts serving the queues. Called once after each DRIVER_OK, never while active.
+    /// Starts serving the queues, from the positions that they hold: a new queue's are zero, one that was paused or
+    /// restored goes on where it stopped. Called after each DRIVER_OK and after each [`Self::pause`], never while active.
+    ///
+    /// A kick may have been lost while nobody served, so each queue is drained once at the start.
     ///
     /// # Errors
     /// When the device cannot work with what the driver configured, or the worker cannot be started.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Stops serving and hands the queues back. Requests that were popped are answered first (or remembered in the
+    /// device's own state); the rest of the device stays as it is, ready to be saved or activated again. Empty while
+    /// inactive.
+    fn pause(&mut self) -> Vec<ActiveQueue>;
 
     /// Stops serving, gives up memory and queues, and returns to the state after `new`. Does nothing while inactive.
     fn reset(&mut self);
