@@ -157,13 +157,22 @@ apt_refresh() {
     exec {HUSK_APT_LOCK}>&-
 }
 
-# need_packages PACKAGE[/SUITE]... - installs what of these the machine lacks.
+# need_packages PACKAGE[>=VERSION]... - installs what of these the machine lacks. Where a version is
+# asked for, the package and what it depends on may come from the backports.
 need_packages() {
-    local package missing=()
-    for package in "$@"; do
-        if [ "$(dpkg-query -W -f '${db:Status-Status}' "${package%/*}" 2>/dev/null)" != installed ]; then
-            missing+=("$package")
+    local wanted package version status installed missing=() target=bookworm
+    for wanted in "$@"; do
+        package=${wanted%%>=*}
+        version=${wanted#"$package"}
+        version=${version#>=}
+        read -r status installed < <(
+            dpkg-query -W -f '${db:Status-Status} ${Version}\n' "$package" 2>/dev/null || echo none none
+        )
+        if [ "$status" = installed ] && dpkg --compare-versions "$installed" ge "${version:-0}"; then
+            continue
         fi
+        missing+=("$package")
+        [ -z "$version" ] || target=bookworm-backports
     done
     if [ "${#missing[@]}" -eq 0 ]; then
         return
@@ -173,11 +182,10 @@ need_packages() {
     local log
     log=$(mktemp)
     # shellcheck disable=SC2016 # for the inner shell
-    # PACKAGE/SUITE pins that package alone; its dependencies may come from backports too.
     if ! as_root env DEBIAN_FRONTEND=noninteractive HUSK_CACHE="$HUSK_CACHE" \
         bash -c '. "$0"; apt_for machine apt-get -qq -y --no-install-recommends \
             -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 "$@"' \
-        "$HUSK_ROOT/ci/lib.sh" install "${missing[@]}" >"$log" 2>&1; then
+        "$HUSK_ROOT/ci/lib.sh" -t "$target" install "${missing[@]}" >"$log" 2>&1; then
         cat "$log" >&2
         rm -f "$log"
         die "installing ${missing[*]} failed"
