@@ -3,9 +3,21 @@
 //! A `SOCK_SEQPACKET` pair of unix sockets; one message is one packet of JSON, at most [`MAX_MESSAGE_LEN`] bytes, with at
 //! most [`MAX_FDS`] descriptors beside it (SCM_RIGHTS). The shim sends [`Request`]s, each answered by exactly one
 //! [`Reply`] with the request's id; the worker sends [`Event`]s on its own. When the socket closes, the worker ends.
+//!
+//! [`send`] and [`recv`] are the framing, the same for both ends. They make one attempt each: on a non-blocking socket
+//! they fail with [`FrameError::would_block`], which is how an event loop (or tokio's `AsyncFd`) wants it.
 
 use std::collections::BTreeMap;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::io::retry_on_intr;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::config::VmConfig;
@@ -15,6 +27,10 @@ pub const MAX_MESSAGE_LEN: usize = 64 * 1024;
 
 /// Most descriptors beside one message.
 pub const MAX_FDS: usize = 64;
+
+/// Most descriptors that Linux passes beside one message (SCM_MAX_FD). Room for all of them is made at receipt: were
+/// there less, a peer could make the kernel install descriptors and then report them as cut off.
+const KERNEL_MAX_FDS: usize = 253;
 
 /// What the shim asks, under an id that it chooses and that the reply repeats.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,4 +115,302 @@ pub enum ExitReason {
         /// One sentence.
         message: String,
     },
+}
+
+/// Why a message could not be sent or received. After any of these but [`FrameError::would_block`] the socket is of no
+/// further use.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// The system call failed.
+    #[error("control socket")]
+    Socket(#[source] io::Error),
+    /// A message that is longer than [`MAX_MESSAGE_LEN`], to be sent or received.
+    #[error("control message of more than {MAX_MESSAGE_LEN} bytes")]
+    TooLong,
+    /// More than [`MAX_FDS`] descriptors, to be sent or received.
+    #[error("control message with more than {MAX_FDS} descriptors")]
+    TooManyFds,
+    /// Not all descriptors of the message could be received: this process has no room for them (RLIMIT_NOFILE).
+    #[error("descriptors beside a control message were lost")]
+    FdsLost,
+    /// A message that cannot be written as JSON.
+    #[error("cannot encode a control message")]
+    Encode(#[source] serde_json::Error),
+    /// A message that is not the JSON that was expected.
+    #[error("cannot decode a control message")]
+    Decode(#[source] serde_json::Error),
+}
+
+impl FrameError {
+    /// Whether the socket is non-blocking and was not ready: nothing was sent or received, try again when it is.
+    #[must_use]
+    pub fn would_block(&self) -> bool {
+        matches!(self, Self::Socket(err) if err.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
+/// For callers whose event loop speaks `std::io` (tokio's `AsyncFd::try_io`): keeps the kind of a socket's error.
+impl From<FrameError> for io::Error {
+    fn from(err: FrameError) -> Self {
+        match err {
+            FrameError::Socket(err) => err,
+            err @ (FrameError::TooLong | FrameError::TooManyFds | FrameError::FdsLost) => {
+                Self::new(io::ErrorKind::InvalidData, err)
+            }
+            err @ (FrameError::Encode(_) | FrameError::Decode(_)) => {
+                Self::new(io::ErrorKind::InvalidData, err)
+            }
+        }
+    }
+}
+
+/// Sends one message with the descriptors beside it; both arrive together or not at all.
+///
+/// # Errors
+/// See [`FrameError`]. A closed peer is `Socket` with `BrokenPipe`; no signal is raised.
+pub fn send<T: Serialize>(
+    socket: impl AsFd,
+    message: &T,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(), FrameError> {
+    let packet = serde_json::to_vec(message).map_err(FrameError::Encode)?;
+    if packet.len() > MAX_MESSAGE_LEN {
+        return Err(FrameError::TooLong);
+    }
+    if fds.len() > MAX_FDS {
+        return Err(FrameError::TooManyFds);
+    }
+
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        let pushed = control.push(SendAncillaryMessage::ScmRights(fds));
+        debug_assert!(pushed, "the buffer holds MAX_FDS descriptors");
+    }
+    retry_on_intr(|| {
+        sendmsg(
+            socket.as_fd(),
+            &[IoSlice::new(&packet)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        )
+    })
+    .map_err(|err| FrameError::Socket(err.into()))?;
+    // A packet is sent whole or not at all (unix(7)), so the count of bytes says nothing.
+    Ok(())
+}
+
+/// Receives one message and the descriptors beside it, which are close-on-exec; `None` when the peer is gone.
+///
+/// # Errors
+/// See [`FrameError`]. Descriptors of a message that is refused are closed.
+pub fn recv<T: DeserializeOwned>(
+    socket: impl AsFd,
+) -> Result<Option<(T, Vec<OwnedFd>)>, FrameError> {
+    let mut packet = vec![0; MAX_MESSAGE_LEN];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_MAX_FDS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = retry_on_intr(|| {
+        recvmsg(
+            socket.as_fd(),
+            &mut [IoSliceMut::new(&mut packet)],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        )
+    });
+    let received = match received {
+        Ok(received) => received,
+        // The peer closed with messages of ours unread.
+        Err(rustix::io::Errno::CONNRESET) => return Ok(None),
+        Err(err) => return Err(FrameError::Socket(err.into())),
+    };
+
+    // Taken out first, so that every way out of here closes them.
+    let fds: Vec<OwnedFd> = control
+        .drain()
+        .flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => fds.collect::<Vec<_>>(),
+            _ => Vec::new(),
+        })
+        .collect();
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(FrameError::FdsLost);
+    }
+    if received.flags.contains(ReturnFlags::TRUNC) {
+        return Err(FrameError::TooLong);
+    }
+    if fds.len() > MAX_FDS {
+        return Err(FrameError::TooManyFds);
+    }
+    // No message is empty, so an empty packet is the end of the stream.
+    let Some(packet) = packet
+        .get(..received.bytes)
+        .filter(|bytes| !bytes.is_empty())
+    else {
+        return Ok(None);
+    };
+    let message = serde_json::from_slice(packet).map_err(FrameError::Decode)?;
+    Ok(Some((message, fds)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
+
+    use rustix::io::{FdFlags, fcntl_getfd};
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    fn pair(flags: SocketFlags) -> (OwnedFd, OwnedFd) {
+        socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            flags | SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap()
+    }
+
+    fn raw_send(socket: &OwnedFd, packet: &[u8], fds: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(KERNEL_MAX_FDS))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+        }
+        sendmsg(
+            socket,
+            &[IoSlice::new(packet)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        )
+        .unwrap();
+    }
+
+    #[test]
+    fn message_and_descriptors_arrive_together() {
+        let (ours, theirs) = pair(SocketFlags::empty());
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let sent = Message::Reply {
+            id: 7,
+            result: Ok(Reply::VsockConnected { local_port: 9 }),
+        };
+
+        send(&ours, &sent, &[writer.as_fd()]).unwrap();
+        drop(writer);
+
+        let (received, fds): (Message, _) = recv(&theirs).unwrap().unwrap();
+        assert_eq!(received, sent);
+        let [fd] = <[OwnedFd; 1]>::try_from(fds).unwrap();
+        assert!(fcntl_getfd(&fd).unwrap().contains(FdFlags::CLOEXEC));
+        File::from(fd).write_all(b"through").unwrap();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "through");
+    }
+
+    #[test]
+    fn messages_keep_their_bounds() {
+        let (ours, theirs) = pair(SocketFlags::empty());
+        for id in 0..3 {
+            send(
+                &ours,
+                &Request {
+                    id,
+                    call: Call::Metrics,
+                },
+                &[],
+            )
+            .unwrap();
+        }
+        for id in 0..3 {
+            let (request, fds): (Request, _) = recv(&theirs).unwrap().unwrap();
+            assert_eq!((request.id, fds.len()), (id, 0));
+        }
+    }
+
+    #[test]
+    fn closed_peer_is_none() {
+        let (ours, theirs) = pair(SocketFlags::empty());
+        drop(ours);
+        assert!(recv::<Request>(&theirs).unwrap().is_none());
+    }
+
+    #[test]
+    fn peer_that_closed_with_unread_messages_is_none() {
+        let (ours, theirs) = pair(SocketFlags::empty());
+        send(&theirs, &Message::Event(Event::Ready), &[]).unwrap();
+        drop(ours);
+        assert!(recv::<Request>(&theirs).unwrap().is_none());
+    }
+
+    #[test]
+    fn sending_to_a_closed_peer_is_broken_pipe() {
+        let (ours, theirs) = pair(SocketFlags::empty());
+        drop(theirs);
+        let err = send(&ours, &Message::Event(Event::Ready), &[]).unwrap_err();
+        assert_eq!(io::Error::from(err).kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn nonblocking_socket_without_a_message_would_block() {
+        let (ours, _theirs) = pair(SocketFlags::NONBLOCK);
+        let err = recv::<Request>(&ours).unwrap_err();
+        assert!(err.would_block());
+        assert_eq!(io::Error::from(err).kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn nonblocking_socket_whose_peer_does_not_read_would_block() {
+        let (ours, _theirs) = pair(SocketFlags::NONBLOCK);
+        let err = (0..100_000)
+            .find_map(|_| send(&ours, &Message::Event(Event::Ready), &[]).err())
+            .unwrap();
+        assert!(err.would_block(), "{err:?}");
+    }
+
+    #[test]
+    fn too_long_a_message_is_not_sent() {
+        let (ours, _theirs) = pair(SocketFlags::empty());
+        let err = send(&ours, &"x".repeat(MAX_MESSAGE_LEN), &[]).unwrap_err();
+        assert!(matches!(err, FrameError::TooLong));
+    }
+
+    #[test]
+    fn too_long_a_message_is_refused_at_receipt() {
+        let (ours, theirs) = pair(SocketFlags::empty());
+        raw_send(&ours, &vec![b' '; MAX_MESSAGE_LEN + 1], &[]);
+        assert!(matches!(recv::<Request>(&theirs), Err(FrameError::TooLong)));
+    }
+
+    #[test]
+    fn too_many_descriptors_are_refused_and_closed() {
+        let (ours, theirs) = pair(SocketFlags::empty());
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let fds = vec![writer.as_fd(); MAX_FDS + 1];
+        assert!(matches!(
+            send(&ours, &Message::Event(Event::Ready), &fds),
+            Err(FrameError::TooManyFds)
+        ));
+
+        raw_send(&ours, b"{}", &vec![writer.as_fd(); KERNEL_MAX_FDS]);
+        drop(writer);
+        assert!(matches!(
+            recv::<Request>(&theirs),
+            Err(FrameError::TooManyFds)
+        ));
+        // End of file: no copy of the writer is left open.
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn packet_that_is_not_the_message_is_refused() {
+        let (ours, theirs) = pair(SocketFlags::empty());
+        raw_send(&ours, b"{\"id\":1}", &[]);
+        assert!(matches!(
+            recv::<Request>(&theirs),
+            Err(FrameError::Decode(_))
+        ));
+    }
 }
