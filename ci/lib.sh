@@ -19,7 +19,9 @@ HUSK_ROOT=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 # Everything that is expensive to make again lives here, one folder per hash of its inputs.
 HUSK_CACHE=${HUSK_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/husk}
 
-# What the scripts hand to each other and to people; links into the cache and built programs.
+# Where cargo puts what it builds, and where ci/guest puts what a guest boots.
+# shellcheck disable=SC2034 # for those who source this file
+HUSK_TARGET=${CARGO_TARGET_DIR:-$HUSK_ROOT/target}
 # shellcheck disable=SC2034 # for those who source this file
 HUSK_GUEST_DIR=$HUSK_ROOT/target/guest
 
@@ -100,6 +102,20 @@ cached() {
     # The newest use, for whoever prunes the cache by age.
     touch "$dir"
     printf '%s\n' "$dir"
+}
+
+# need_rust - a Rust toolchain, as new as the workspace asks for.
+need_rust() {
+    # What libcontainer's and our own build scripts call; ld comes with gcc.
+    need_packages gcc libc6-dev pkg-config
+    command -v cargo >/dev/null || PATH=$HOME/.cargo/bin:$PATH
+    command -v cargo >/dev/null ||
+        die "there is no Rust toolchain: install one with rustup (Debian 12's own is too old)"
+    local wanted found
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$HUSK_ROOT/Cargo.toml")
+    found=$(cargo --version | cut -d' ' -f2)
+    dpkg --compare-versions "$found" ge "$wanted" ||
+        die "Rust $found is too old: husk needs $wanted or newer"
 }
 
 # --- Debian packages -------------------------------------------------------------------------
