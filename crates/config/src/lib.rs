@@ -1,3 +1,254 @@
 //! `husk.toml`: one file, one typed, checked [`Config`].
+//!
+//! The shim and the command-line tool read it; neither sees a value that has not been checked. Each key is written down
+//! once, in [`RawVm`], and checked once, in [`Vm::check`]; its reference is the configuration chapter of the book.
 
 #![forbid(unsafe_code)]
+
+mod error;
+
+use std::fmt;
+use std::io::ErrorKind;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use toml::{Spanned, Value};
+
+pub use error::ConfigError;
+use error::Text;
+
+/// Where the configuration is, unless containerd names another file.
+pub const DEFAULT_PATH: &str = "/etc/husk/husk.toml";
+
+/// Where the guest's kernel is, unless configured.
+pub const DEFAULT_KERNEL: &str = "/usr/share/husk/vmlinux";
+
+/// Where the guest's initramfs is, unless configured.
+pub const DEFAULT_INITRAMFS: &str = "/usr/share/husk/initramfs.cpio";
+
+/// What an x86_64 VM can address with 8-bit local APIC ids, of which 255 is the broadcast.
+const VCPUS: RangeInclusive<u8> = 1..=255;
+
+/// From what a small kernel and the agent need to run at all, to 1 TiB.
+const MEMORY_MIB: RangeInclusive<u32> = 64..=1024 * 1024;
+
+/// In seconds, to one hour.
+const BOOT_TIMEOUT_S: RangeInclusive<u32> = 1..=3600;
+
+/// Half of the kernel's COMMAND_LINE_SIZE on x86_64: the other half is for what the hypervisor says itself.
+const KERNEL_PARAMS_MAX_LEN: usize = 1024;
+
+/// The configuration, checked.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Config {
+    vm: Vm,
+}
+
+/// The virtual machine of a pod, before anything that the pod itself asks for: the table `[vm]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vm {
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    kernel_params: String,
+    vcpus: u8,
+    memory_mib: u32,
+    boot_timeout: Duration,
+}
+
+impl Config {
+    /// Reads and checks the file at `path`, which has to be there.
+    ///
+    /// # Errors
+    /// The file cannot be read, or holds a key or a value that is not allowed.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::from_toml(&text, path)
+    }
+
+    /// Reads and checks the file at [`DEFAULT_PATH`]; without one, everything has its default.
+    ///
+    /// # Errors
+    /// As for [`Config::load`], save that the file may be missing.
+    pub fn load_default() -> Result<Self, ConfigError> {
+        Self::load_if_present(Path::new(DEFAULT_PATH))
+    }
+
+    fn load_if_present(path: &Path) -> Result<Self, ConfigError> {
+        match Self::load(path) {
+            Err(ConfigError::Read { source, .. }) if source.kind() == ErrorKind::NotFound => {
+                Ok(Self::default())
+            }
+            result => result,
+        }
+    }
+
+    /// Checks `text`; errors say that it is from `origin`.
+    ///
+    /// # Errors
+    /// The text is not TOML, or holds a key or a value that is not allowed.
+    pub fn from_toml(text: &str, origin: impl AsRef<Path>) -> Result<Self, ConfigError> {
+        let text = Text::new(text, origin.as_ref());
+        let raw: RawConfig =
+            toml::from_str(text.as_str()).map_err(|err| text.not_understood(&err))?;
+        Ok(Self {
+            vm: Vm::check(raw.vm, &text)?,
+        })
+    }
+
+    /// The virtual machine.
+    #[must_use]
+    pub fn vm(&self) -> &Vm {
+        &self.vm
+    }
+}
+
+impl Vm {
+    /// The guest's kernel, an ELF vmlinux or a bzImage; an absolute path.
+    #[must_use]
+    pub fn kernel(&self) -> &Path {
+        &self.kernel
+    }
+
+    /// The guest's initramfs, whose `/init` is husk-agent; an absolute path.
+    #[must_use]
+    pub fn initramfs(&self) -> &Path {
+        &self.initramfs
+    }
+
+    /// What is added to the guest kernel's command line: printable ASCII.
+    #[must_use]
+    pub fn kernel_params(&self) -> &str {
+        &self.kernel_params
+    }
+
+    /// Virtual processors, at least one.
+    #[must_use]
+    pub fn vcpus(&self) -> u8 {
+        self.vcpus
+    }
+
+    /// Memory of the guest in MiB.
+    #[must_use]
+    pub fn memory_mib(&self) -> u32 {
+        self.memory_mib
+    }
+
+    /// How long a guest may take from the start of its vCPUs until its agent is ready.
+    #[must_use]
+    pub fn boot_timeout(&self) -> Duration {
+        self.boot_timeout
+    }
+
+    fn check(raw: RawVm, text: &Text<'_>) -> Result<Self, ConfigError> {
+        let default = Self::default();
+        Ok(Self {
+            kernel: check(text, "vm.kernel", raw.kernel, absolute_path)?.unwrap_or(default.kernel),
+            initramfs: check(text, "vm.initramfs", raw.initramfs, absolute_path)?
+                .unwrap_or(default.initramfs),
+            kernel_params: check(text, "vm.kernel_params", raw.kernel_params, kernel_params)?
+                .unwrap_or(default.kernel_params),
+            vcpus: check(text, "vm.vcpus", raw.vcpus, |value| integer(value, &VCPUS))?
+                .unwrap_or(default.vcpus),
+            memory_mib: check(text, "vm.memory_mib", raw.memory_mib, |value| {
+                integer(value, &MEMORY_MIB)
+            })?
+            .unwrap_or(default.memory_mib),
+            boot_timeout: check(text, "vm.boot_timeout_s", raw.boot_timeout_s, |value| {
+                integer(value, &BOOT_TIMEOUT_S)
+            })?
+            .map_or(default.boot_timeout, |seconds| {
+                Duration::from_secs(seconds.into())
+            }),
+        })
+    }
+}
+
+impl Default for Vm {
+    fn default() -> Self {
+        Self {
+            kernel: DEFAULT_KERNEL.into(),
+            initramfs: DEFAULT_INITRAMFS.into(),
+            kernel_params: String::new(),
+            vcpus: 1,
+            memory_mib: 512,
+            boot_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// The file as it is written. Values keep their TOML type and their place until they are checked, so that an error can
+/// name the key, the line and what is allowed, in our words.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawConfig {
+    #[serde(default)]
+    vm: RawVm,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table of keys")]
+struct RawVm {
+    kernel: Option<Spanned<Value>>,
+    initramfs: Option<Spanned<Value>>,
+    kernel_params: Option<Spanned<Value>>,
+    vcpus: Option<Spanned<Value>>,
+    memory_mib: Option<Spanned<Value>>,
+    boot_timeout_s: Option<Spanned<Value>>,
+}
+
+/// Checks the value of one key, if the file has it. `allowed` returns the checked value, or what would be allowed.
+fn check<T>(
+    text: &Text<'_>,
+    key: &'static str,
+    value: Option<Spanned<Value>>,
+    allowed: impl FnOnce(&Value) -> Result<T, String>,
+) -> Result<Option<T>, ConfigError> {
+    value
+        .map(|value| {
+            allowed(value.get_ref()).map_err(|expected| text.not_allowed(key, &value, expected))
+        })
+        .transpose()
+}
+
+fn absolute_path(value: &Value) -> Result<PathBuf, String> {
+    value
+        .as_str()
+        .filter(|path| !path.contains('\0'))
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .ok_or_else(|| "an absolute path".to_owned())
+}
+
+fn kernel_params(value: &Value) -> Result<String, String> {
+    value
+        .as_str()
+        .filter(|params| params.len() <= KERNEL_PARAMS_MAX_LEN)
+        .filter(|params| {
+            params
+                .bytes()
+                .all(|byte| byte == b' ' || byte.is_ascii_graphic())
+        })
+        .map(str::to_owned)
+        .ok_or_else(|| {
+            format!("a string of at most {KERNEL_PARAMS_MAX_LEN} printable ASCII characters")
+        })
+}
+
+fn integer<T>(value: &Value, range: &RangeInclusive<T>) -> Result<T, String>
+where
+    T: TryFrom<i64> + PartialOrd + fmt::Display,
+{
+    value
+        .as_integer()
+        .and_then(|number| T::try_from(number).ok())
+        .filter(|number| range.contains(number))
+        .ok_or_else(|| format!("an integer from {} to {}", range.start(), range.end()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,105 @@
+//! What is wrong with a configuration, and where.
+
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use toml::{Spanned, Value};
+
+/// Why a configuration is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read, or is not UTF-8.
+    #[error("cannot read the configuration {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The text is not TOML, or has a key that does not exist.
+    #[error("{}:{line}: {message}", origin.display())]
+    NotUnderstood {
+        /// The file.
+        origin: PathBuf,
+        /// The line, counted from one.
+        line: usize,
+        /// What the parser said: one line.
+        message: String,
+    },
+    /// A key has a value that it may not have.
+    #[error("{}:{line}: {key} is {found}; allowed is {allowed}", origin.display())]
+    NotAllowed {
+        /// The file.
+        origin: PathBuf,
+        /// The line, counted from one.
+        line: usize,
+        /// The key with its table, as in `vm.vcpus`.
+        key: &'static str,
+        /// The value, as TOML.
+        found: String,
+        /// What is allowed.
+        allowed: String,
+    },
+}
+
+/// The text of a configuration and where it is from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Text<'a> {
+    text: &'a str,
+    origin: &'a Path,
+}
+
+impl<'a> Text<'a> {
+    pub(crate) fn new(text: &'a str, origin: &'a Path) -> Self {
+        Self { text, origin }
+    }
+
+    pub(crate) fn as_str(&self) -> &'a str {
+        self.text
+    }
+
+    pub(crate) fn not_understood(&self, err: &toml::de::Error) -> ConfigError {
+        ConfigError::NotUnderstood {
+            origin: self.origin.to_owned(),
+            line: self.line(err.span()),
+            message: err.message().trim_end().replace('\n', ", "),
+        }
+    }
+
+    pub(crate) fn not_allowed(
+        &self,
+        key: &'static str,
+        value: &Spanned<Value>,
+        allowed: String,
+    ) -> ConfigError {
+        ConfigError::NotAllowed {
+            origin: self.origin.to_owned(),
+            line: self.line(Some(value.span())),
+            key,
+            found: one_line(value.get_ref()),
+            allowed,
+        }
+    }
+
+    /// The line in which `span` begins; the first one if the parser did not say.
+    fn line(&self, span: Option<Range<usize>>) -> usize {
+        let start = span.map_or(0, |span| span.start.min(self.text.len()));
+        1 + self
+            .text
+            .bytes()
+            .take(start)
+            .filter(|&byte| byte == b'\n')
+            .count()
+    }
+}
+
+/// A value as TOML, with its own line breaks escaped and its end left out if it is long.
+fn one_line(value: &Value) -> String {
+    const MAX_CHARS: usize = 80;
+    let text = value.to_string().replace('\n', "\\n");
+    match text.char_indices().nth(MAX_CHARS) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}

@@ -1,0 +1,169 @@
+use super::*;
+
+fn parse(text: &str) -> Result<Config, String> {
+    Config::from_toml(text, "/etc/husk/husk.toml").map_err(|err| err.to_string())
+}
+
+#[test]
+fn empty_text_is_the_default() {
+    assert_eq!(parse(""), Ok(Config::default()));
+    assert_eq!(parse("[vm]\n"), Ok(Config::default()));
+}
+
+#[test]
+fn defaults_are_allowed_values() {
+    let vm = Config::default().vm().clone();
+    assert!(VCPUS.contains(&vm.vcpus()));
+    assert!(MEMORY_MIB.contains(&vm.memory_mib()));
+    assert!(vm.kernel().is_absolute() && vm.initramfs().is_absolute());
+}
+
+#[test]
+fn every_key_is_read() {
+    let config = parse(
+        r#"
+        [vm]
+        kernel = "/k"
+        initramfs = "/i"
+        kernel_params = "debug loglevel=7"
+        vcpus = 4
+        memory_mib = 2048
+        boot_timeout_s = 5
+        "#,
+    )
+    .unwrap();
+    let vm = config.vm();
+    assert_eq!(vm.kernel(), Path::new("/k"));
+    assert_eq!(vm.initramfs(), Path::new("/i"));
+    assert_eq!(vm.kernel_params(), "debug loglevel=7");
+    assert_eq!(vm.vcpus(), 4);
+    assert_eq!(vm.memory_mib(), 2048);
+    assert_eq!(vm.boot_timeout(), Duration::from_secs(5));
+}
+
+#[test]
+fn key_that_is_left_out_has_its_default() {
+    let config = parse("[vm]\nvcpus = 2\n").unwrap();
+    assert_eq!(config.vm().vcpus(), 2);
+    assert_eq!(config.vm().kernel(), Path::new(DEFAULT_KERNEL));
+}
+
+#[test]
+fn unknown_key_is_named_with_its_line_and_the_keys_there_are() {
+    let err = parse("# Husk\n[vm]\nvcpu = 2\n").unwrap_err();
+    assert!(
+        err.starts_with("/etc/husk/husk.toml:3: unknown field `vcpu`, expected one of `kernel`"),
+        "{err}"
+    );
+    assert!(err.contains("`boot_timeout_s`"), "{err}");
+    assert!(!err.contains('\n'), "{err}");
+}
+
+#[test]
+fn unknown_table_is_named_with_its_line() {
+    let err = parse("\n[network]\n").unwrap_err();
+    assert!(
+        err.starts_with("/etc/husk/husk.toml:2: unknown field `network`"),
+        "{err}"
+    );
+}
+
+#[test]
+fn value_out_of_range_is_named_with_its_line_and_the_range() {
+    for value in ["0", "256", "-1", "\"two\"", "1.5", "[1]", "99999999999"] {
+        assert_eq!(
+            parse(&format!("[vm]\nmemory_mib = 512\nvcpus = {value}\n")).unwrap_err(),
+            format!(
+                "/etc/husk/husk.toml:3: vm.vcpus is {value}; allowed is an integer from 1 to 255"
+            )
+        );
+    }
+}
+
+#[test]
+fn ends_of_a_range_are_allowed() {
+    for vcpus in [1, 255] {
+        let config = parse(&format!("[vm]\nvcpus = {vcpus}\n")).unwrap();
+        assert_eq!(config.vm().vcpus(), vcpus);
+    }
+}
+
+#[test]
+fn relative_path_is_refused() {
+    assert_eq!(
+        parse("[vm]\nkernel = \"vmlinux\"\n").unwrap_err(),
+        "/etc/husk/husk.toml:2: vm.kernel is \"vmlinux\"; allowed is an absolute path"
+    );
+}
+
+#[test]
+fn kernel_params_that_would_end_the_command_line_are_refused() {
+    for value in [r#""a\nb""#, r#""a\u0000b""#, r#""ü""#, "7"] {
+        let err = parse(&format!("[vm]\nkernel_params = {value}\n")).unwrap_err();
+        assert!(
+            err.contains(":2: vm.kernel_params is ") && err.contains("printable ASCII"),
+            "{err}"
+        );
+        assert!(!err.contains('\n'), "{err}");
+    }
+    let long = "x".repeat(KERNEL_PARAMS_MAX_LEN + 1);
+    let err = parse(&format!("[vm]\nkernel_params = \"{long}\"\n")).unwrap_err();
+    assert!(err.len() < 250, "{err}");
+}
+
+#[test]
+fn table_with_another_type_is_refused() {
+    let err = parse("vm = 3\n").unwrap_err();
+    assert!(
+        err.starts_with("/etc/husk/husk.toml:1: ") && err.contains("a table of keys"),
+        "{err}"
+    );
+}
+
+#[test]
+fn text_that_is_not_toml_is_one_line_with_its_place() {
+    let err = parse("[vm]\nvcpus = \n").unwrap_err();
+    assert!(err.starts_with("/etc/husk/husk.toml:2: "), "{err}");
+    assert!(!err.contains('\n'), "{err}");
+}
+
+#[test]
+fn key_that_comes_twice_is_refused() {
+    let err = parse("[vm]\nvcpus = 1\nvcpus = 2\n").unwrap_err();
+    assert!(err.starts_with("/etc/husk/husk.toml:3: "), "{err}");
+}
+
+#[test]
+fn missing_named_file_is_an_error_that_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("husk.toml");
+    let err = Config::load(&path).unwrap_err();
+    assert_eq!(
+        err.to_string(),
+        format!("cannot read the configuration {}", path.display())
+    );
+    assert!(matches!(err, ConfigError::Read { .. }));
+}
+
+#[test]
+fn missing_default_file_is_the_default() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("husk.toml");
+    assert_eq!(Config::load_if_present(&path).unwrap(), Config::default());
+}
+
+#[test]
+fn default_file_with_an_error_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("husk.toml");
+    std::fs::write(&path, "vm = 1\n").unwrap();
+    assert!(Config::load_if_present(&path).is_err());
+}
+
+#[test]
+fn file_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("husk.toml");
+    std::fs::write(&path, "[vm]\nmemory_mib = 256\n").unwrap();
+    assert_eq!(Config::load(&path).unwrap().vm().memory_mib(), 256);
+}
