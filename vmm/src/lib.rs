@@ -5,5 +5,6 @@
 
 pub mod config;
 pub mod control;
+pub mod devices;
 pub mod snapshot;
 pub mod virtio;

@@ -1,0 +1,562 @@
+//! A split virtqueue from the device's side: [`virtio_queue`] with what it leaves to its users.
+//!
+//! [`Virtqueue`] adds the notifications in both directions, and the drain loop that all devices share. [`Chain`] adds
+//! the checks that a descriptor chain needs before any byte of it is used, and buffers that system calls can fill and
+//! empty without a copy ([`Readable`], [`Writable`]). Nothing here knows a device.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{ByteValued, Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{ActiveQueue, Interrupt};
+
+/// Most buffers in one descriptor chain. An indirect table could name 65535; no driver needs more than one system call
+/// takes (UIO_MAXIOV), and the devices tell drivers so where the device type has a field for it.
+pub const MAX_SEGMENTS: usize = 1024;
+
+/// The rings themselves are unusable. The device cannot go on without a reset.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// The available ring cannot be read, or its index makes no sense.
+    #[error("cannot take a chain from the available ring of queue {index}")]
+    Available {
+        /// Index of the queue.
+        index: u16,
+        /// What the ring said.
+        source: virtio_queue::Error,
+    },
+    /// The used ring cannot be written, or the driver's notification fields cannot be accessed.
+    #[error("cannot use the used ring of queue {index}")]
+    Used {
+        /// Index of the queue.
+        index: u16,
+        /// What the ring said.
+        source: virtio_queue::Error,
+    },
+    /// The eventfd of the queue does not work.
+    #[error("cannot use the kick of queue {index}")]
+    Kick {
+        /// Index of the queue.
+        index: u16,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// What is wrong with one descriptor chain. The chain is returned unserved; the device goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    /// It loops, leaves its table, is longer than 4 GiB, or nests indirect tables.
+    #[error("descriptor chain is broken")]
+    Broken,
+    /// It names memory that the guest does not have.
+    #[error("descriptor outside of the guest's memory")]
+    OutOfMemory,
+    /// It has more buffers than [`MAX_SEGMENTS`].
+    #[error("descriptor chain with more than {MAX_SEGMENTS} buffers")]
+    TooManySegments,
+    /// A device-readable descriptor follows a device-writable one (virtio 1.3, 2.7.4.2).
+    #[error("device-readable descriptor after a device-writable one")]
+    WrongOrder,
+}
+
+/// One virtqueue while its device is active.
+#[derive(Debug)]
+pub struct Virtqueue {
+    index: u16,
+    queue: Queue,
+    kick: EventFd,
+    memory: Arc<GuestMemoryMmap>,
+    interrupt: Arc<dyn Interrupt>,
+    /// Chains were returned since the driver was last told.
+    unannounced: bool,
+}
+
+impl Virtqueue {
+    /// Takes over an enabled queue.
+    pub fn new(
+        queue: ActiveQueue,
+        memory: Arc<GuestMemoryMmap>,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> Self {
+        Self {
+            index: queue.index,
+            queue: queue.queue,
+            kick: queue.kick,
+            memory,
+            interrupt,
+            unannounced: false,
+        }
+    }
+
+    /// Gives the queue back as it stands.
+    pub fn into_active(self) -> ActiveQueue {
+        ActiveQueue {
+            index: self.index,
+            queue: self.queue,
+            kick: self.kick,
+        }
+    }
+
+    /// Its index in the device's numbering.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// The eventfd that the driver's kicks make readable.
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// The memory that the chains of this queue point into.
+    pub fn memory(&self) -> Arc<GuestMemoryMmap> {
+        Arc::clone(&self.memory)
+    }
+
+    /// Serves every chain that the driver has made available; returns each exactly once, with the number of bytes that
+    /// `serve` says it wrote, and tells the driver once at the end.
+    ///
+    /// After a ring's worth of chains it kicks its own queue and returns, so that a driver that never stops cannot keep
+    /// the thread from its other descriptors.
+    ///
+    /// # Errors
+    /// When the rings are unusable.
+    pub fn drain(&mut self, mut serve: impl FnMut(Chain<'_>) -> u32) -> Result<(), QueueError> {
+        let memory = self.memory();
+        let mut budget = self.queue.size();
+        self.suppress_kicks()?;
+        loop {
+            while let Some(chain) = self.pop(&memory)? {
+                let head = chain.head();
+                let written = serve(chain);
+                self.push_used(head, written)?;
+                budget = budget.saturating_sub(1);
+                if budget == 0 {
+                    self.kick_self()?;
+                    return self.notify_if_needed();
+                }
+            }
+            if !self.await_kicks()? {
+                return self.notify_if_needed();
+            }
+        }
+    }
+
+    /// Takes the next available chain. Each must be given to [`Self::push_used`] or [`Self::undo_pop`].
+    ///
+    /// `memory` is [`Self::memory`], lent by the caller so that the chain does not borrow the queue.
+    ///
+    /// # Errors
+    /// When the available ring is unusable.
+    pub fn pop<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+    ) -> Result<Option<Chain<'m>>, QueueError> {
+        let index = self.index;
+        let broken = |source| QueueError::Available { index, source };
+        let mut available = self.queue.iter(memory).map_err(broken)?;
+        Ok(available.next().map(|descriptors| Chain {
+            descriptors,
+            memory,
+        }))
+    }
+
+    /// Puts the chain that was popped last back into the available ring.
+    pub fn undo_pop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Returns a chain to the driver, which will not be told before [`Self::notify_if_needed`].
+    ///
+    /// # Errors
+    /// When the used ring is unusable, or the head was none.
+    pub fn push_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        self.unannounced = true;
+        self.queue
+            .add_used(self.memory.as_ref(), head, written)
+            .map_err(|source| QueueError::Used {
+                index: self.index,
+                source,
+            })
+    }
+
+    /// Interrupts the driver if chains were returned and it wants to know (virtio 1.3, 2.7.7.2).
+    ///
+    /// # Errors
+    /// When the available ring is unusable.
+    pub fn notify_if_needed(&mut self) -> Result<(), QueueError> {
+        if !std::mem::take(&mut self.unannounced) {
+            return Ok(());
+        }
+        let needed = self
+            .queue
+            .needs_notification(self.memory.as_ref())
+            .map_err(|source| QueueError::Available {
+                index: self.index,
+                source,
+            })?;
+        if needed {
+            self.interrupt.queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// Asks the driver not to kick (virtio 1.3, 2.7.10).
+    ///
+    /// # Errors
+    /// When the used ring is unusable.
+    pub fn suppress_kicks(&mut self) -> Result<(), QueueError> {
+        self.queue
+            .disable_notification(self.memory.as_ref())
+            .map_err(|source| QueueError::Used {
+                index: self.index,
+                source,
+            })
+    }
+
+    /// Asks the driver to kick at the next chain. True if chains came meanwhile, for which no kick will come.
+    ///
+    /// # Errors
+    /// When the rings are unusable.
+    pub fn await_kicks(&mut self) -> Result<bool, QueueError> {
+        self.queue
+            .enable_notification(self.memory.as_ref())
+            .map_err(|source| QueueError::Used {
+                index: self.index,
+                source,
+            })
+    }
+
+    /// The number of chains that wait in the available ring.
+    ///
+    /// # Errors
+    /// When the available ring is unusable.
+    pub fn available(&self) -> Result<u16, QueueError> {
+        let index = self
+            .queue
+            .avail_idx(self.memory.as_ref(), Ordering::Acquire)
+            .map_err(|source| QueueError::Available {
+                index: self.index,
+                source,
+            })?;
+        Ok(index.0.wrapping_sub(self.queue.next_avail()))
+    }
+
+    /// Takes note of the kicks so far.
+    pub(super) fn acknowledge_kick(&self) -> Result<(), QueueError> {
+        match self.kick.read() {
+            Ok(_) => Ok(()),
+            // Somebody was faster, or the kick was a false alarm of epoll.
+            Err(err) if err.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            Err(source) => Err(QueueError::Kick {
+                index: self.index,
+                source,
+            }),
+        }
+    }
+
+    fn kick_self(&self) -> Result<(), QueueError> {
+        self.kick.write(1).map_err(|source| QueueError::Kick {
+            index: self.index,
+            source,
+        })
+    }
+}
+
+/// A descriptor chain as the driver made it, unchecked.
+#[derive(Debug, Clone)]
+pub struct Chain<'m> {
+    descriptors: DescriptorChain<&'m GuestMemoryMmap>,
+    memory: &'m GuestMemoryMmap,
+}
+
+impl<'m> Chain<'m> {
+    /// Its first descriptor's index, by which it is returned.
+    pub fn head(&self) -> u16 {
+        self.descriptors.head_index()
+    }
+
+    /// The chain as the crate has it, for libraries that take it so.
+    pub fn descriptors(&self) -> DescriptorChain<&'m GuestMemoryMmap> {
+        self.descriptors.clone()
+    }
+
+    /// Checks the whole chain and resolves it into the two halves of its buffers.
+    ///
+    /// # Errors
+    /// When any descriptor of it is wrong.
+    pub fn buffers(self) -> Result<(Readable<'m>, Writable<'m>), ChainError> {
+        let mut readable = Segments::default();
+        let mut writable = Segments::default();
+        // The iterator ends early, without a word, where the chain is broken. That shows as a last descriptor that
+        // promised another one, or as no descriptor at all.
+        let mut expect_more = true;
+        for descriptor in self.descriptors {
+            expect_more = descriptor.has_next();
+            let half = if descriptor.is_write_only() {
+                &mut writable
+            } else if writable.slices.is_empty() {
+                &mut readable
+            } else {
+                return Err(ChainError::WrongOrder);
+            };
+            for slice in self
+                .memory
+                .get_slices(descriptor.addr(), descriptor.len() as usize)
+            {
+                half.push(slice.map_err(|_| ChainError::OutOfMemory)?);
+            }
+            if readable.slices.len() + writable.slices.len() > MAX_SEGMENTS {
+                return Err(ChainError::TooManySegments);
+            }
+        }
+        if expect_more {
+            return Err(ChainError::Broken);
+        }
+        Ok((Readable(readable), Writable(writable)))
+    }
+}
+
+/// Buffers in guest memory, consumed from the front.
+#[derive(Debug, Default)]
+struct Segments<'m> {
+    slices: VecDeque<VolatileSlice<'m>>,
+    len: usize,
+}
+
+impl<'m> Segments<'m> {
+    fn push(&mut self, slice: VolatileSlice<'m>) {
+        if !slice.is_empty() {
+            // No overflow: virtio-queue ends a chain before 4 GiB.
+            self.len += slice.len();
+            self.slices.push_back(slice);
+        }
+    }
+
+    /// Cuts off the first `count` bytes, or all if there are fewer.
+    fn take(&mut self, count: usize) -> Self {
+        let mut front = Self::default();
+        while front.len < count {
+            let Some(slice) = self.slices.pop_front() else {
+                break;
+            };
+            self.len -= slice.len();
+            let wanted = (count - front.len).min(slice.len());
+            let (head, tail) = slice
+                .split_at(wanted)
+                .expect("wanted is at most the slice's length");
+            front.push(head);
+            if !tail.is_empty() {
+                self.len += tail.len();
+                self.slices.push_front(tail);
+            }
+        }
+        front
+    }
+
+    /// Iovecs over everything. They point into guest memory that `'m` keeps mapped.
+    fn iovecs(&self) -> Vec<libc::iovec> {
+        self.slices
+            .iter()
+            .map(|slice| libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            })
+            .collect()
+    }
+
+    /// Runs a vectored system call over everything, repeated while interrupted, and consumes what it moved.
+    fn transfer(
+        &mut self,
+        call: impl Fn(*const libc::iovec, libc::c_int) -> libc::ssize_t,
+    ) -> io::Result<usize> {
+        let iovecs = self.iovecs();
+        let count = libc::c_int::try_from(iovecs.len()).expect("at most MAX_SEGMENTS");
+        loop {
+            match usize::try_from(call(iovecs.as_ptr(), count)) {
+                Ok(moved) => {
+                    self.take(moved);
+                    return Ok(moved);
+                }
+                Err(_negative) => {
+                    let err = io::Error::last_os_error();
+                    if err.kind() != io::ErrorKind::Interrupted {
+                        return Err(err);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The device-readable half of a chain: what the driver sends, consumed from the front.
+#[derive(Debug, Default)]
+pub struct Readable<'m>(Segments<'m>);
+
+impl<'m> Readable<'m> {
+    /// Bytes left.
+    pub fn len(&self) -> usize {
+        self.0.len
+    }
+
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.0.len == 0
+    }
+
+    /// Cuts off the first `count` bytes, or all if there are fewer.
+    pub fn take(&mut self, count: usize) -> Self {
+        Self(self.0.take(count))
+    }
+
+    /// Copies an object out. `None`, and nothing consumed, if it is not there whole.
+    pub fn read_obj<T: ByteValued + Default>(&mut self) -> Option<T> {
+        let mut object = T::default();
+        if self.len() < size_of::<T>() {
+            return None;
+        }
+        self.read(object.as_mut_slice());
+        Some(object)
+    }
+
+    /// Copies out as much as there is and `bytes` has room for.
+    pub fn read(&mut self, bytes: &mut [u8]) -> usize {
+        let mut done = 0;
+        for slice in self.0.take(bytes.len()).slices {
+            done += slice.copy_to(&mut bytes[done..]);
+        }
+        done
+    }
+
+    /// Writes to a descriptor as much as it takes at once.
+    ///
+    /// # Errors
+    /// As writev(2), but for EINTR. Nothing is consumed then.
+    pub fn write_to(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        // SAFETY: the iovecs point to mapped guest memory that outlives the call; the kernel only reads it, and knows
+        // no aliasing rules.
+        self.0
+            .transfer(|iovecs, count| unsafe { libc::writev(fd.as_raw_fd(), iovecs, count) })
+    }
+
+    /// Sends to a stream socket as much as it takes at once, without SIGPIPE.
+    ///
+    /// # Errors
+    /// As sendmsg(2), but for EINTR. Nothing is consumed then.
+    pub fn send_to(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        self.0.transfer(|iovecs, count| {
+            let message = libc::msghdr {
+                msg_name: std::ptr::null_mut(),
+                msg_namelen: 0,
+                msg_iov: iovecs.cast_mut(),
+                msg_iovlen: usize::try_from(count).expect("a count is not negative"),
+                msg_control: std::ptr::null_mut(),
+                msg_controllen: 0,
+                msg_flags: 0,
+            };
+            // SAFETY: the message names nothing but the iovecs, which point to mapped guest memory that outlives the
+            // call; the kernel only reads it.
+            unsafe {
+                libc::sendmsg(
+                    socket.as_raw_fd(),
+                    &raw const message,
+                    libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
+                )
+            }
+        })
+    }
+
+    /// Writes to a file at `offset` as much as it takes at once.
+    ///
+    /// # Errors
+    /// As pwritev(2), but for EINTR. Nothing is consumed then.
+    pub fn write_to_at(&mut self, fd: BorrowedFd<'_>, offset: libc::off_t) -> io::Result<usize> {
+        // SAFETY: as in `write_to`.
+        self.0.transfer(|iovecs, count| unsafe {
+            libc::pwritev(fd.as_raw_fd(), iovecs, count, offset)
+        })
+    }
+}
+
+/// The device-writable half of a chain: what the device answers, filled from the front.
+#[derive(Debug, Default)]
+pub struct Writable<'m>(Segments<'m>);
+
+impl<'m> Writable<'m> {
+    /// Room left, in bytes.
+    pub fn len(&self) -> usize {
+        self.0.len
+    }
+
+    /// Whether no room is left.
+    pub fn is_empty(&self) -> bool {
+        self.0.len == 0
+    }
+
+    /// Cuts off the first `count` bytes of room, or all if there are fewer.
+    pub fn take(&mut self, count: usize) -> Self {
+        Self(self.0.take(count))
+    }
+
+    /// Appends the room of another chain behind this one's.
+    pub fn append(&mut self, other: Self) {
+        self.0.len += other.0.len;
+        self.0.slices.extend(other.0.slices);
+    }
+
+    /// Copies in as much of `bytes` as there is room for.
+    pub fn write(&mut self, bytes: &[u8]) -> usize {
+        let mut done = 0;
+        for slice in self.0.take(bytes.len()).slices {
+            slice.copy_from(&bytes[done..]);
+            done += slice.len();
+        }
+        done
+    }
+
+    /// Fills `count` bytes, or all if there are fewer, with zeroes.
+    pub fn zero(&mut self, count: usize) -> usize {
+        const ZEROES: [u8; 4096] = [0; 4096];
+        let mut done = 0;
+        for slice in self.0.take(count).slices {
+            let mut at = 0;
+            while at < slice.len() {
+                let chunk = (slice.len() - at).min(ZEROES.len());
+                slice
+                    .write_slice(&ZEROES[..chunk], at)
+                    .expect("the chunk lies within the slice");
+                at += chunk;
+            }
+            done += at;
+        }
+        done
+    }
+
+    /// Fills with what a descriptor gives at once.
+    ///
+    /// # Errors
+    /// As readv(2), but for EINTR. Nothing is consumed then.
+    pub fn read_from(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        // SAFETY: the iovecs point to mapped guest memory that outlives the call and that is plain bytes; no reference
+        // to it exists, since all access is volatile or by the kernel.
+        self.0
+            .transfer(|iovecs, count| unsafe { libc::readv(fd.as_raw_fd(), iovecs, count) })
+    }
+
+    /// Fills with what a file has at `offset`.
+    ///
+    /// # Errors
+    /// As preadv(2), but for EINTR. Nothing is consumed then.
+    pub fn read_from_at(&mut self, fd: BorrowedFd<'_>, offset: libc::off_t) -> io::Result<usize> {
+        // SAFETY: as in `read_from`.
+        self.0.transfer(|iovecs, count| unsafe {
+            libc::preadv(fd.as_raw_fd(), iovecs, count, offset)
+        })
+    }
+}
