@@ -1,0 +1,430 @@
+"""What the end-to-end tests share: `ctr` with everything captured, terminals, waiting, leaks.
+
+A test is a method of a `Case`. It drives containerd by `ctr` alone, as a user would, against the
+runtime that `run` was started for; `self.runtime` is its short name. Every command is recorded, so
+that a failure prints all that was done and answered, and what containerd and the shim logged.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import struct
+import subprocess
+import tempfile
+import termios
+import time
+import unittest
+
+RUNTIMES = {"husk": "io.containerd.husk.v2", "runc": "io.containerd.runc.v2"}
+IMAGE = "husk.test/busybox:latest"
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+CONTAINERD_LOG = "/run/containerd/containerd.log"
+
+# Long enough for a start under emulation on a busy machine; a hang is still found.
+TIMEOUT_S = 240
+
+# Set by `run`.
+RUNTIME = "husk"
+
+
+def runtime_version():
+    """The running containerd's version as a tuple, e.g. (1, 6)."""
+    out = subprocess.run(["ctr", "version"], capture_output=True, text=True, check=True).stdout
+    server = out[out.index("Server:"):]
+    major, minor = re.search(r"Version:\s+v?(\d+)\.(\d+)", server).groups()
+    return int(major), int(minor)
+
+
+@dataclasses.dataclass
+class Result:
+    """One finished command."""
+
+    argv: list
+    code: int
+    stdout: bytes
+    stderr: bytes
+    seconds: float
+
+    @property
+    def out(self):
+        """Standard output as text, without the last line's end."""
+        return self.stdout.decode(errors="replace").rstrip("\n")
+
+    @property
+    def err(self):
+        """Standard error as text, without the last line's end."""
+        return self.stderr.decode(errors="replace").rstrip("\n")
+
+    def __str__(self):
+        def shown(name, data):
+            text = data[:4000].decode(errors="replace").rstrip("\n")
+            more = f"\n    ... ({len(data)} bytes)" if len(data) > 4000 else ""
+            return "".join(f"\n    {name}| {line}" for line in text.splitlines()) + more
+
+        return (f"$ {shlex.join(self.argv)}\n    -> {self.code} after {self.seconds:.1f} s"
+                + shown("out", self.stdout) + shown("err", self.stderr))
+
+
+class Terminal:
+    """A command on a terminal of its own, of which the test is the keyboard and the screen."""
+
+    def __init__(self, case, argv, rows=24, columns=80):
+        self.argv, self.case = argv, case
+        self.screen = b""
+        self.position = 0
+        self.started = time.monotonic()
+        self.master, slave = pty.openpty()
+        self.resize(rows, columns)
+        self.process = subprocess.Popen(
+            argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(slave)
+        case.addCleanup(self.close)
+
+    def resize(self, rows, columns):
+        """Changes the size; the kernel tells the command by SIGWINCH."""
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def type(self, text):
+        """Presses keys."""
+        os.write(self.master, text.encode())
+
+    def _read(self, deadline):
+        """Takes what came; False when nothing will come any more."""
+        ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
+        if not ready:
+            self.case.fail(f"{shlex.join(self.argv)} said nothing more; its screen:\n{self.text}")
+        try:
+            data = os.read(self.master, 65536)
+        except OSError:  # EIO: the last one on the other side is gone
+            data = b""
+        self.screen += data
+        return bool(data)
+
+    @property
+    def text(self):
+        """All that was on the screen."""
+        return self.screen.decode(errors="replace")
+
+    def expect(self, pattern, timeout=TIMEOUT_S):
+        """Waits until what came since the last call matches, and returns the match."""
+        deadline = time.monotonic() + timeout
+        while True:
+            found = re.compile(pattern.encode()).search(self.screen, self.position)
+            if found:
+                self.position = found.end()
+                return found
+            if not self._read(deadline):
+                self.case.fail(f"{shlex.join(self.argv)} ended without {pattern!r}; its screen:\n{self.text}")
+
+    def wait(self, timeout=TIMEOUT_S):
+        """Waits for the end; returns the exit status."""
+        deadline = time.monotonic() + timeout
+        while self._read(deadline):
+            pass
+        code = self.process.wait(timeout)
+        self.case.record(Result(self.argv, code, self.screen, b"", time.monotonic() - self.started))
+        return code
+
+    def close(self):
+        """Ends it, if it has not ended."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        with contextlib.suppress(OSError):
+            os.close(self.master)
+
+
+class Events:
+    """`ctr events` in the background."""
+
+    def __init__(self, case):
+        self.file = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(["ctr", "events"], stdout=self.file, stderr=subprocess.STDOUT)
+        case.addCleanup(self.close)
+        # Subscribed is what answers: nothing tells, so a container of our own does.
+        probe = f"probe-{os.getpid()}-{id(self)}"
+
+        def subscribed():
+            for verb in (["create", IMAGE, probe], ["rm", probe]):
+                subprocess.run(["ctr", "c", *verb], check=True, capture_output=True)
+            return any(probe in line for line in self.lines())
+
+        wait_until(subscribed, "ctr events to report")
+
+    def lines(self):
+        """What came so far."""
+        return os.pread(self.file.fileno(), 1 << 24, 0).decode().splitlines()
+
+    def of(self, container):
+        """The (topic, fields) of this container's events, in order."""
+        found = []
+        for line in self.lines():
+            match = re.search(r" (/\S+) (\{.*\})$", line)
+            if not match:
+                continue
+            fields = json.loads(match[2])
+            if container in (fields.get("container_id"), fields.get("id"), fields.get("key")):
+                found.append((match[1], fields))
+        return found
+
+    def close(self):
+        """Stops listening."""
+        self.process.kill()
+        self.process.wait()
+        self.file.close()
+
+
+def wait_until(condition, what, timeout=TIMEOUT_S):
+    """Waits until `condition()` is true, for the things that nothing announces."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout} s in vain for {what}")
+        time.sleep(0.1)
+
+
+def processes():
+    """{pid: command line} of every process but the kernel's threads and our own family."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                argv = file.read().rstrip(b"\0").split(b"\0")
+            if argv != [b""] and int(pid) != os.getpid():
+                found[int(pid)] = b" ".join(argv).decode(errors="replace")
+    return found
+
+
+def children(pid):
+    """The pids of the direct children."""
+    found = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as file:
+            found += map(int, file.read().split())
+    return found
+
+
+# What a container may leave a trace in. containerd's own store of snapshots and content is not
+# among them: it is collected later, and not the runtime's.
+FOLDERS = [
+    "/run/husk",
+    "/run/containerd/io.containerd.runtime.v2.task",
+    "/run/containerd/runc",
+    "/run/containerd/fifo",
+    "/run/containerd/s",
+    "/run/netns",
+    "/var/lib/containerd/io.containerd.runtime.v2.task",
+    "/dev/shm",
+]
+
+
+def traces():
+    """All that a runtime can leave behind on a machine, by kind, as sets that can be compared."""
+    def tree(folder):
+        return {os.path.join(at, name) for at, folders, files in os.walk(folder) for name in folders + files}
+
+    # Folders that hold what belongs to a namespace stay once they were there.
+    standing = {f"{folder}/default" for folder in FOLDERS}
+    with open("/proc/self/mountinfo", encoding="utf-8") as file:
+        mounts = {" ".join(line.split()[3:5]) for line in file}
+    with open("/proc/net/unix", encoding="utf-8") as file:
+        # Flags 00010000: it listens.
+        sockets = {line.split()[7] for line in file if " 00010000 " in line and len(line.split()) > 7}
+    cgroups = {at for at, _, _ in os.walk("/sys/fs/cgroup")} - {"/sys/fs/cgroup/default"}
+    return {
+        "processes": {f"{pid} {line}" for pid, line in processes().items()},
+        "mounts": mounts,
+        "cgroups": cgroups,
+        "sockets": sockets,
+        "network devices": set(os.listdir("/sys/class/net")),
+        "files": set().union(*(tree(folder) for folder in FOLDERS)) - standing | set(os.listdir("/tmp")),
+    }
+
+
+def available_mib():
+    """Memory that is free for use, caches given back."""
+    with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
+        file.write("3\n")
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return int(re.search(r"MemAvailable:\s+(\d+)", file.read())[1]) // 1024
+
+
+class Task:
+    """A detached container."""
+
+    def __init__(self, case, name):
+        self.case, self.name = case, name
+        self.execs = 0
+
+    def ctr(self, verb, *args, **kwargs):
+        """`ctr task VERB ARGS... NAME`."""
+        return self.case.ctr("task", verb, *args, self.name, **kwargs)
+
+    def exec(self, *command, options=(), **kwargs):
+        """`ctr task exec` with an exec id of its own."""
+        self.execs += 1
+        return self.case.ctr("task", "exec", "--exec-id", f"e{self.execs}", *options, self.name, *command, **kwargs)
+
+    @property
+    def row(self):
+        """(pid, status) from `ctr task ls`, or None."""
+        for line in self.case.ctr("task", "ls").out.splitlines()[1:]:
+            name, pid, status = line.split()
+            if name == self.name:
+                return int(pid), status
+        return None
+
+    @property
+    def pid(self):
+        """The process of the host that stands for it."""
+        return self.row[0]
+
+    def wait_for(self, status):
+        """Waits until `ctr task ls` says so (None: until it is gone)."""
+        wait_until(lambda: (self.row or (0, None))[1] == status, f"{self.name} to be {status}")
+
+
+class Case(unittest.TestCase):
+    """A test with containerd at hand."""
+
+    maxDiff = None
+
+    @property
+    def runtime(self):
+        """The short name of the runtime under test."""
+        return RUNTIME
+
+    def setUp(self):
+        self.commands = []
+        self.names = 0
+        self.log_start = os.path.getsize(CONTAINERD_LOG)
+        self.folder = tempfile.mkdtemp(prefix="e2e-", dir="/var/tmp")
+        self.addCleanup(subprocess.run, ["rm", "-rf", self.folder], check=True)
+
+    def record(self, result):
+        """Keeps a command for the report of a failure."""
+        self.commands.append(result)
+        return result
+
+    def report(self):
+        """All that was done, and what the daemon and the shims said meanwhile."""
+        with open(CONTAINERD_LOG, "rb") as file:
+            file.seek(self.log_start)
+            log = file.read().decode(errors="replace").splitlines()
+        noise = re.compile(r'level=debug.*(garbage collect|event published|remove snapshot|"stat snapshot|metadata)')
+        log = [line for line in log if not noise.search(line)]
+        return "\n".join([
+            *map(str, self.commands), f"--- containerd and shim (last {min(len(log), 80)} of {len(log)} lines)", *log[-80:],
+        ])
+
+    def name(self):
+        """A container's name that no other test has."""
+        self.names += 1
+        return f"{self._testMethodName[5:45].rstrip('_')}-{self.names}"
+
+    def ctr(self, *args, stdin=b"", timeout=TIMEOUT_S, code=None):
+        """Runs ctr. `stdin`: bytes, or an open file; `code`: the status that is asked for."""
+        argv = ["ctr", *map(str, args)]
+        started = time.monotonic()
+        source = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
+        # A session of its own, so that a hang ends with all that it started.
+        process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE if "input" in source else stdin,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        try:
+            out, err = process.communicate(source.get("input"), timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            self.record(Result(argv, -1, out, err, time.monotonic() - started))
+            self.fail(f"{shlex.join(argv)} was not over after {timeout} s")
+        result = self.record(Result(argv, process.returncode, out, err, time.monotonic() - started))
+        if code is not None:
+            self.assertEqual(result.code, code, f"exit status of {shlex.join(argv)}; {result.err}")
+        return result
+
+    def remove(self, name):
+        """Whatever it takes to be rid of a container."""
+        for verb in (["task", "rm", "-f", name], ["c", "rm", name]):
+            subprocess.run(["ctr", *verb], capture_output=True, timeout=TIMEOUT_S, check=False)
+
+    def run_container(self, *command, options=(), name=None, runtime=None, image=(IMAGE,), **kwargs):
+        """`ctr run --rm`, to its end."""
+        name = name or self.name()
+        self.addCleanup(self.remove, name)
+        return self.ctr("run", "--rm", "--runtime", RUNTIMES[runtime or self.runtime], *options,
+                        *image, name, *command, **kwargs)
+
+    def output_of(self, *command, **kwargs):
+        """What a container that must succeed says."""
+        return self.run_container(*command, code=0, **kwargs).out
+
+    def start(self, *command, options=(), name=None, runtime=None):
+        """`ctr run -d`."""
+        name = name or self.name()
+        self.addCleanup(self.remove, name)
+        self.ctr("run", "-d", "--runtime", RUNTIMES[runtime or self.runtime], *options, IMAGE, name,
+                 *(command or ("sleep", "100000")), code=0)
+        return Task(self, name)
+
+    def terminal(self, *args, **kwargs):
+        """ctr on a terminal."""
+        return Terminal(self, ["ctr", *map(str, args)], **kwargs)
+
+    def terminal_container(self, *command, options=(), **kwargs):
+        """`ctr run -t`."""
+        name = self.name()
+        self.addCleanup(self.remove, name)
+        return self.terminal("run", "--rm", "-t", "--runtime", RUNTIMES[self.runtime], *options, IMAGE, name,
+                             *command, **kwargs)
+
+    def rootfs(self):
+        """A folder with the image's files, for what ctr does not offer with an image."""
+        target = os.path.join(self.folder, "rootfs")
+        os.mkdir(target)
+        self.ctr("images", "mount", IMAGE, target, code=0)
+        copy = os.path.join(self.folder, "copy")
+        subprocess.run(["cp", "-a", target, copy], check=True)
+        self.ctr("images", "unmount", "--rm", target, code=0)
+        return copy
+
+    def run_spec(self, edit, *command, runtime=None, **kwargs):
+        """Runs a container from ctr's own default specification, changed by `edit(spec)`."""
+        name = self.name()
+        self.addCleanup(self.remove, name)
+        self.ctr("c", "create", IMAGE, name, *command, code=0)
+        spec = json.loads(self.ctr("c", "info", "--spec", name, code=0).out)
+        self.ctr("c", "rm", name, code=0)
+        spec["root"]["path"] = self.rootfs()
+        spec["linux"]["cgroupsPath"] = f"/default/{name}"
+        edit(spec)
+        path = os.path.join(self.folder, "config.json")
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(spec, file)
+        return self.ctr("run", "--rm", "--runtime", RUNTIMES[runtime or self.runtime], "--config", path, name, **kwargs)
+
+    @contextlib.contextmanager
+    def nothing_left(self):
+        """What is done inside leaves no trace on the machine."""
+        before = traces()
+        yield
+
+        def left():
+            after = traces()
+            return {kind: sorted(after[kind] - before[kind]) for kind in after if after[kind] - before[kind]}
+
+        try:
+            wait_until(lambda: not left(), "all traces to be gone", timeout=20)
+        except AssertionError:
+            self.fail(f"left behind: {json.dumps(left(), indent=2)}")

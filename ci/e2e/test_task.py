@@ -1,0 +1,199 @@
+"""`ctr task`: what is done to a running container."""
+
+import json
+import os
+import re
+import subprocess
+
+from harness import Case, Events, wait_until
+
+
+class TaskTest(Case):
+    def test_detached_container_is_listed_until_it_is_removed(self):
+        task = self.start()
+        pid, status = task.row
+        self.assertEqual(status, "RUNNING")
+        self.assertTrue(os.path.isdir(f"/proc/{pid}"), "its pid is a process of this machine")
+        task.ctr("kill", "-s", "SIGKILL", code=0)
+        task.wait_for("STOPPED")
+        self.assertEqual(task.ctr("rm").code, 137)
+        self.assertIsNone(task.row)
+
+    def test_kill_sends_the_signal_that_was_named(self):
+        task = self.start("sh", "-c", "trap 'exit 11' TERM; trap 'exit 12' USR1; while :; do sleep 0.2; done")
+        # The trap is set when the shell runs its loop.
+        wait_until(lambda: len(task.ctr("ps").out.splitlines()) > 2, "the loop to run")
+        task.ctr("kill", "-s", "SIGUSR1", code=0)
+        task.wait_for("STOPPED")
+        self.assertEqual(task.ctr("rm").code, 12)
+
+    def test_kill_of_all_reaches_every_process(self):
+        task = self.start("sh", "-c", "sleep 1000 & sleep 1000 & wait; wait; exit 4")
+        wait_until(lambda: len(task.ctr("ps").out.splitlines()) == 4, "three processes")
+        task.ctr("kill", "--all", "-s", "SIGKILL", code=0)
+        task.wait_for("STOPPED")
+        self.assertEqual(task.ctr("rm").code, 137)
+
+    def test_ps_lists_the_processes_of_the_container(self):
+        task = self.start("sh", "-c", "sleep 1000 & sleep 1000 & wait")
+        wait_until(lambda: len(task.ctr("ps").out.splitlines()) == 4, "three processes")
+        lines = task.ctr("ps", code=0).out.splitlines()
+        self.assertEqual(lines[0].split(), ["PID", "INFO"])
+        pids = [int(line.split()[0]) for line in lines[1:]]
+        self.assertEqual(len(set(pids)), 3)
+
+    def test_exec_answers_with_output_and_status(self):
+        task = self.start()
+        result = task.exec("sh", "-c", "echo out; echo err >&2; exit 42")
+        self.assertEqual((result.code, result.stdout, result.stderr), (42, b"out\n", b"err\n"))
+
+    def test_exec_takes_stdin_to_its_end(self):
+        task = self.start()
+        data = os.urandom(1 << 20)
+        self.assertEqual(task.exec("cat", stdin=data, code=0).stdout, data)
+
+    def test_exec_as_a_user_in_a_folder(self):
+        task = self.start("sleep", "1000", options=["--env", "FRUIT=pear"])
+        result = task.exec("sh", "-c", "id -un; id -gn; pwd; echo $FRUIT", options=["--user", "alice", "--cwd", "/tmp"])
+        self.assertEqual(result.out.splitlines(), ["alice", "alice", "/tmp", "pear"])
+        result = task.exec("id", "-u", options=["--user", "65534"])
+        self.assertEqual(result.out, "65534")
+
+    def test_exec_sees_the_container(self):
+        task = self.start("sh", "-c", "echo here > /tmp/mark; sleep 1000")
+        wait_until(lambda: task.exec("cat", "/tmp/mark").out == "here", "the mark")
+        self.assertEqual(task.exec("sh", "-c", "tr '\\0' ' ' </proc/1/cmdline").out, "sh -c echo here > /tmp/mark; sleep 1000 ")
+
+    def test_exec_detached_can_be_killed(self):
+        task = self.start()
+        self.ctr("task", "exec", "-d", "--exec-id", "background", task.name, "sleep", "1000", code=0)
+        wait_until(lambda: len(task.ctr("ps").out.splitlines()) == 3, "two processes")
+        self.ctr("task", "kill", "--exec-id", "background", "-s", "SIGKILL", task.name, code=0)
+        wait_until(lambda: len(task.ctr("ps").out.splitlines()) == 2, "one process")
+        self.assertEqual(task.row[1], "RUNNING")
+
+    def test_exec_of_a_program_that_is_not_there(self):
+        task = self.start()
+        result = task.exec("/no/such/program")
+        self.assertNotEqual(result.code, 0)
+        self.assertRegex(result.err, "no such file or directory")
+        self.assertEqual(task.exec("echo", "still here").out, "still here")
+
+    def test_many_execs_at_once(self):
+        task = self.start()
+        running = [
+            subprocess.Popen(["ctr", "task", "exec", "--exec-id", f"p{n}", task.name, "sh", "-c", f"echo {n}; exit {n}"],
+                             stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+            for n in range(8)]
+        answers = [(process.communicate()[0], process.returncode) for process in running]
+        self.assertEqual(answers, [(f"{n}\n".encode(), n) for n in range(8)])
+
+    def test_attach_to_a_detached_container(self):
+        task = self.start("sh", "-c", "while read -r line; do echo got $line; [ $line = last ] && exit 6; done")
+        process = subprocess.Popen(["ctr", "task", "attach", task.name], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, bufsize=0)
+        self.addCleanup(process.kill)
+        process.stdin.write(b"first\n")
+        self.assertEqual(process.stdout.readline(), b"got first\n")
+        process.stdin.write(b"last\n")
+        self.assertEqual(process.stdout.readline(), b"got last\n")
+        self.assertEqual(process.wait(60), 6)
+
+    def test_pause_stops_and_resume_goes_on(self):
+        task = self.start("sh", "-c", "n=0; while :; do n=$((n + 1)); echo $n > /tmp/n; sleep 0.1; done",
+                          options=["--mount", f"type=bind,src={self.folder},dst=/tmp,options=rbind:rw"])
+
+        def count():
+            with open(os.path.join(self.folder, "n"), encoding="ascii") as file:
+                return file.read()
+        wait_until(lambda: os.path.exists(os.path.join(self.folder, "n")) and count(), "the count to begin")
+        task.ctr("pause", code=0)
+        self.assertEqual(task.row[1], "PAUSED")
+        # What was on its way to the file may still arrive; then the figure stands.
+        before = count()
+        wait_until(lambda: [count() for _ in range(50)] == [count()] * 50, "the count to stand")
+        before = count()
+        self.ctr("version", code=0)
+        self.assertEqual(count(), before)
+        task.ctr("resume", code=0)
+        self.assertEqual(task.row[1], "RUNNING")
+        wait_until(lambda: count() not in ("", before), "the count to go on")
+
+    def test_metrics_are_of_the_container(self):
+        task = self.start("sh", "-c", "dd if=/dev/zero of=/dev/shm/x bs=1M count=20 2>/dev/null; sleep 1000",
+                          options=["--memory-limit", str(64 << 20)])
+        wait_until(lambda: len(task.ctr("ps").out.splitlines()) == 3 and "sleep" in task.exec("ps").out, "dd to end")
+        metrics = json.loads(task.ctr("metrics", "--format", "json", code=0).out)
+        self.assertEqual(metrics["memory"]["usage_limit"], 64 << 20)
+        self.assertGreater(metrics["memory"]["usage"], 20 << 20)
+        self.assertLess(metrics["memory"]["usage"], 64 << 20)
+        self.assertEqual(metrics["pids"]["current"], 2)
+        self.assertGreater(metrics["cpu"]["usage_usec"], 0)
+
+    def test_checkpoint_is_refused_by_name(self):
+        if self.runtime != "husk":
+            self.skipTest("runc checkpoints with CRIU, if that is there")
+        task = self.start()
+        result = self.ctr("task", "checkpoint", task.name)
+        self.assertNotEqual(result.code, 0)
+        self.assertRegex(result.err, "(?i)not implemented|unimplemented")
+
+    def test_log_uri_file_gets_the_output(self):
+        path = os.path.join(self.folder, "log")
+        task = self.start("sh", "-c", "echo to the log; echo and this >&2; sleep 1000", options=["--log-uri", f"file://{path}"])
+
+        def lines():
+            if not os.path.exists(path):
+                return set()
+            with open(path, encoding="utf-8") as file:
+                return set(file.read().splitlines())
+        wait_until(lambda: lines() >= {"to the log", "and this"}, "both lines in the log")
+        self.assertEqual(task.row[1], "RUNNING")
+
+    def test_log_uri_binary_gets_the_output(self):
+        # containerd's contract for logging binaries: 3 and 4 are the streams, closing 5 says ready.
+        log = os.path.join(self.folder, "log")
+        program = os.path.join(self.folder, "logger")
+        with open(program, "w", encoding="utf-8") as file:
+            file.write(f"#!/bin/bash\nexec 5>&-\ncat <&3 >{log}.out &\ncat <&4 >{log}.err &\nwait\n"
+                       f"echo \"$CONTAINER_ID $CONTAINER_NAMESPACE\" >{log}.id\n")
+        os.chmod(program, 0o755)
+        name = self.name()
+        self.addCleanup(self.remove, name)
+        self.ctr("run", "-d", "--runtime", f"io.containerd.{self.runtime}.v2", "--log-uri", f"binary://{program}",
+                 "husk.test/busybox:latest", name, "sh", "-c", "echo to the log; echo and this >&2", code=0)
+
+        def content(suffix):
+            with open(log + suffix, encoding="utf-8") as file:
+                return file.read()
+        wait_until(lambda: os.path.exists(f"{log}.id") and content(".id"), "the logger to end")
+        self.assertEqual([content(suffix) for suffix in (".out", ".err", ".id")],
+                         ["to the log\n", "and this\n", f"{name} default\n"])
+
+    def test_events_of_a_life(self):
+        events = Events(self)
+        task = self.start("sh", "-c", "sleep 1000; exit 1")
+        task.exec("true", code=0)
+        task.ctr("pause", code=0)
+        task.ctr("resume", code=0)
+        task.ctr("kill", "-s", "SIGKILL", code=0)
+        task.wait_for("STOPPED")
+        self.assertEqual(task.ctr("rm").code, 137)
+        wait_until(lambda: any(topic == "/tasks/delete" and not fields.get("id") or fields.get("id") == task.name
+                               for topic, fields in events.of(task.name) if topic == "/tasks/delete"), "the last event")
+        happened = [(topic, fields) for topic, fields in events.of(task.name) if topic.startswith("/tasks/")]
+        self.assertEqual([topic for topic, _ in happened], [
+            "/tasks/create", "/tasks/start", "/tasks/exec-added", "/tasks/exec-started", "/tasks/exit",
+            "/tasks/delete", "/tasks/paused", "/tasks/resumed", "/tasks/exit", "/tasks/delete"][:len(happened)]
+            if len(happened) == 10 else [
+            "/tasks/create", "/tasks/start", "/tasks/exec-added", "/tasks/exec-started", "/tasks/exit",
+            "/tasks/paused", "/tasks/resumed", "/tasks/exit", "/tasks/delete"])
+        exits = [fields.get("exit_status", 0) for topic, fields in happened if topic == "/tasks/exit"]
+        self.assertEqual(exits, [0, 137])
+
+    def test_shim_reports_its_version(self):
+        program = f"containerd-shim-{self.runtime}-v2"
+        out = subprocess.run([program, "-v"], capture_output=True, text=True, check=True).stdout
+        self.assertRegex(out, re.compile(rf"{program}:?\s*\n\s+Version:\s+\S+", re.MULTILINE))
+
+
