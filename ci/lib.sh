@@ -47,6 +47,12 @@ as_root() {
     fi
 }
 
+# hardware_kvm - whether this machine can run VMs at full speed. /dev/kvm alone proves nothing: it
+# may be a software fallback, which cannot run a kernel in any useful time.
+hardware_kvm() {
+    grep -qwE 'svm|vmx' /proc/cpuinfo && [ -e /dev/kvm ]
+}
+
 # on_exit COMMAND - adds a clean-up step; steps run in reverse order however the script ends.
 HUSK_CLEANUP=
 on_exit() {

@@ -1,0 +1,70 @@
+# shellcheck shell=bash
+#
+# containerd for tests: which versions there are, where their programs are, and one instance of it
+# beside whatever else a machine runs. Sourced after ci/lib.sh.
+
+# build_containerd DIR RELEASE - the daemon, ctr and runc's shim as RELEASE has them.
+build_containerd() {
+    unpack_packages "$1" "$2" containerd
+}
+
+# build_runc DIR - Debian 12's for each of them: a newer one needs a newer C library.
+build_runc() {
+    unpack_packages "$1" machine runc
+}
+
+# containerd_path VERSION - fetches containerd 1.6, 1.7 or 2.1 and runc, as Debian has them, and
+# prints the folders of their programs, for PATH. Nothing is installed.
+containerd_path() {
+    local version=$1 release containerd runc
+    case $version in
+    1.6) release=machine ;;
+    1.7) release=trixie ;;
+    2.1) release=sid ;;
+    *) die "there is no containerd $version here: 1.6, 1.7 or 2.1" ;;
+    esac
+    # These add nothing but symbols of their own; libseccomp is what runc is linked with.
+    need_packages libseccomp2
+    containerd=$(cached "containerd-$version" \
+        "$(hash_of "$(package_version "$release" containerd)" "$(declare -f build_containerd)")" \
+        build_containerd "$release")
+    runc=$(cached runc "$(hash_of "$(package_version machine runc)" "$(declare -f build_runc)")" build_runc)
+    printf '%s\n' "$containerd/usr/bin:$runc/usr/sbin"
+}
+
+# containerd_start ROOT STATE LOG - starts the containerd of PATH with its data in ROOT and its
+# sockets in STATE, and returns when it is ready; its process is in STATE/pid.
+containerd_start() {
+    local root=$1 state=$2 log=$3
+    mkdir -p "$root" "$state"
+    cat >"$state/config.toml" <<TOML
+version = 2
+root = "$root"
+state = "$state"
+# Nothing here speaks CRI, and starting it takes as long as all the rest.
+disabled_plugins = [
+  "io.containerd.grpc.v1.cri",
+  "io.containerd.cri.v1.images",
+  "io.containerd.cri.v1.runtime",
+  "io.containerd.podsandbox.controller.v1.podsandbox",
+]
+
+[grpc]
+  address = "$state/containerd.sock"
+
+[debug]
+  level = "debug"
+TOML
+    "$HUSK_ROOT/ci/await-ready" "$state/pid" containerd --config "$state/config.toml" >"$log" 2>&1 || {
+        tail -n 20 "$log" >&2
+        return 1
+    }
+}
+
+# containerd_import ADDRESS FOLDER - imports the images of a folder of archives.
+containerd_import() {
+    local image
+    for image in "$2"/*.tar; do
+        ctr --address "$1" images import "$image" >/dev/null
+    done
+}
