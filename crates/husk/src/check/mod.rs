@@ -1,0 +1,62 @@
+//! `husk check`: everything that a VM's start depends on, looked at one by one, in the order in which a failure explains
+//! those after it.
+
+mod cpu;
+mod guest_files;
+mod kvm;
+mod report;
+mod shim;
+
+use std::path::Path;
+
+use husk_config::{Config, DEFAULT_PATH};
+
+pub(crate) use report::Report;
+use report::{Finding, Problem};
+
+/// Looks at all of it. `config` is the configuration's path, if not the default one.
+pub(crate) fn run(config: Option<&Path>) -> Report {
+    let configuration = configuration(config);
+    let vm = configuration.as_ref().ok().map(|(config, _)| config.vm());
+
+    let mut findings = vec![
+        Finding::new("processor", cpu::check()),
+        Finding::new("kvm", kvm::check()),
+    ];
+    findings.push(match &configuration {
+        Ok((_, detail)) => Finding::new("configuration", Ok(detail.clone())),
+        Err(problem) => Finding::new("configuration", Err(problem.clone())),
+    });
+    findings.extend(match vm {
+        Some(vm) => [
+            Finding::new("kernel", guest_files::check_kernel(vm.kernel())),
+            Finding::new("initramfs", guest_files::check_initramfs(vm.initramfs())),
+        ],
+        None => ["kernel", "initramfs"]
+            .map(|subject| Finding::skipped(subject, "the configuration says where it is")),
+    });
+    findings.push(Finding::new(
+        "shim",
+        shim::check(std::env::var_os("PATH").as_deref()),
+    ));
+    Report::new(findings)
+}
+
+fn configuration(path: Option<&Path>) -> Result<(Config, String), Problem> {
+    let loaded = match path {
+        Some(path) => Config::load(path),
+        None => Config::load_default(),
+    };
+    let named = path.unwrap_or(Path::new(DEFAULT_PATH));
+    match loaded {
+        Ok(config) if named.exists() => Ok((config, named.display().to_string())),
+        Ok(config) => Ok((
+            config,
+            format!("defaults, for there is no {}", named.display()),
+        )),
+        Err(err) => Err(Problem::from_error(
+            &err,
+            "The configuration reference in docs/ lists every key and its values.",
+        )),
+    }
+}
