@@ -216,7 +216,7 @@ class Husk(Case):
             task.wait_for("STOPPED")
             wait_until(lambda: [fields.get("exit_status") for topic, fields in events.of(task.name)
                                 if topic == "/tasks/exit" and fields.get("id") == task.name] == [137], "the exit's event")
-            self.assertEqual(task.ctr("rm").code, 137)
+            self.assertEqual(task.end(), 137)
             self.ctr("c", "rm", task.name, code=0)
             events.close()
 
@@ -235,7 +235,7 @@ class Husk(Case):
             # Without a limit of its own, the container may ask for more than the guest has.
             task.exec("dd", "if=/dev/zero", "of=/dev/null", "bs=1500M", "count=1")
             task.wait_for("STOPPED")
-            self.assertEqual(task.ctr("rm").code, 137)
+            self.assertEqual(task.end(), 137)
             self.ctr("c", "rm", task.name, code=0)
             self.assertRegex(self.report(), "(?i)kernel panic")
 

@@ -71,7 +71,7 @@ class Options(Case):
         events = Events(self)
         task = self.start("dd", "if=/dev/zero", "of=/dev/null", "bs=100M", "count=1", options=["--memory-limit", str(32 << 20)])
         task.wait_for("STOPPED")
-        self.assertEqual(task.ctr("rm").code, 137)
+        self.assertEqual(task.end(), 137)
         wait_until(lambda: "/tasks/oom" in [topic for topic, _ in events.of(task.name)], "the event", timeout=30)
 
     def test_memory_limit_lets_the_rest_live(self):
@@ -80,7 +80,7 @@ class Options(Case):
         self.assertEqual(result.out, "0")
 
     def test_cpus_are_limited_by_cgroup(self):
-        out = self.output_of("cat", "/sys/fs/cgroup/cpu.max", options=[
+        out = self.output_of("sh", "-c", "cat /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/cpu.max", options=[
             "--cpus", "0.5", "--mount", "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro:nosuid:noexec:nodev"])
         self.assertEqual(out, "50000 100000")
 
@@ -137,7 +137,7 @@ class Options(Case):
         out = self.output_of(
             "sh", "-ec", "for d in null zero full random urandom tty; do test -c /dev/$d; done; echo x >/dev/null; "
             "head -c 4 /dev/zero | wc -c; head -c 4 /dev/urandom | wc -c; ! echo x 2>/dev/null >/dev/full; "
-            "ls -l /dev/fd /dev/stdin /dev/ptmx | awk '{print $NF}'; test ! -e /dev/vda; test ! -e /dev/mem")
+            "for l in fd stdin ptmx; do readlink /dev/$l; done; test ! -e /dev/vda; test ! -e /dev/mem")
         self.assertEqual(out.split(), ["4", "4", "/proc/self/fd", "/proc/self/fd/0", "pts/ptmx"])
 
     def test_devices_that_were_not_given_cannot_be_made(self):
@@ -151,14 +151,14 @@ class Options(Case):
         self.assertEqual(out.split(), ["0", "0", "1", "1"])
 
     def test_a_container_sees_only_itself(self):
-        out = self.output_of("sh", "-c", "echo $$; ls /proc | grep -c '^[0-9]'; ls /sys/class/net; cat /proc/1/comm")
+        out = self.output_of("sh", "-c", "echo $$; ls /proc | grep -c '^[0-9]'; ls /sys/class/net; cat /proc/1/comm; true")
         pid, count, *rest = out.split()
         self.assertEqual((pid, rest), ("1", ["lo", "sh"]))
         self.assertLessEqual(int(count), 4)
 
     def test_a_rootfs_that_is_a_plain_folder(self):
         rootfs = self.rootfs()
-        out = self.output_of("sh", "-c", "echo written > /mark; cat /mark", options=["--rootfs"], image=(rootfs,))
+        out = self.output_of("/bin/sh", "-c", "echo written > /mark; cat /mark", options=["--rootfs"], image=(rootfs,))
         self.assertEqual(out, "written")
         with open(f"{rootfs}/mark", encoding="ascii") as file:
             self.assertEqual(file.read(), "written\n")
@@ -192,6 +192,8 @@ class Spec(Case):
             spec["linux"]["resources"].update({
                 "pids": {"limit": 17}, "memory": {"limit": 64 << 20, "reservation": 32 << 20},
                 "cpu": {"shares": 512, "quota": 30000, "period": 100000}})
+            if not any(namespace["type"] == "cgroup" for namespace in spec["linux"]["namespaces"]):
+                spec["linux"]["namespaces"].append({"type": "cgroup"})
             spec["mounts"].append({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
                                    "options": ["ro", "nosuid", "noexec", "nodev"]})
 
