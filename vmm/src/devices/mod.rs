@@ -1,3 +1,4 @@
 //! The virtio devices. Each is a folder of its own and knows no other; what they share is in [`crate::virtio`].
 
 pub mod rng;
+pub mod vsock;

@@ -8,3 +8,15 @@ pub mod testing;
 pub mod worker;
 
 pub use device::{ActivateError, Activation, ActiveQueue, DeviceType, Interrupt, VirtioDevice};
+
+/// Reads at `offset` of a configuration space; what lies past its end is zero.
+pub(crate) fn read_config_space(space: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let rest = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| space.get(offset..));
+    if let Some(rest) = rest {
+        let count = rest.len().min(data.len());
+        data[..count].copy_from_slice(&rest[..count]);
+    }
+}

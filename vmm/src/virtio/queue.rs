@@ -8,13 +8,12 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{ByteValued, Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{ActiveQueue, Interrupt};
+use super::{ActivateError, Activation, ActiveQueue, Interrupt};
 
 /// Most buffers in one descriptor chain. An indirect table could name 65535; no driver needs more than one system call
 /// takes (UIO_MAXIOV), and the devices tell drivers so where the device type has a field for it.
@@ -66,6 +65,33 @@ pub enum ChainError {
     WrongOrder,
 }
 
+/// Takes the queues that a device cannot do without out of its activation.
+///
+/// # Errors
+/// When the driver has left one out.
+pub fn take_queues<const N: usize>(
+    activation: Activation,
+    indices: [u16; N],
+) -> Result<[Virtqueue; N], ActivateError> {
+    let memory = Arc::new(activation.memory);
+    let mut queues = activation.queues;
+    for index in indices {
+        if !queues.iter().any(|queue| queue.index == index) {
+            return Err(ActivateError::MissingQueue { index });
+        }
+    }
+    Ok(indices.map(|index| {
+        let position = queues.iter().position(|queue| queue.index == index);
+        let queue =
+            queues.swap_remove(position.expect("seen above, and each index is asked for once"));
+        Virtqueue::new(
+            queue,
+            Arc::clone(&memory),
+            Arc::clone(&activation.interrupt),
+        )
+    }))
+}
+
 /// One virtqueue while its device is active.
 #[derive(Debug)]
 pub struct Virtqueue {
@@ -107,6 +133,11 @@ impl Virtqueue {
     /// Its index in the device's numbering.
     pub fn index(&self) -> u16 {
         self.index
+    }
+
+    /// Its size in descriptors, as the driver chose it.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
     }
 
     /// The eventfd that the driver's kicks make readable.
@@ -233,21 +264,6 @@ impl Virtqueue {
             })
     }
 
-    /// The number of chains that wait in the available ring.
-    ///
-    /// # Errors
-    /// When the available ring is unusable.
-    pub fn available(&self) -> Result<u16, QueueError> {
-        let index = self
-            .queue
-            .avail_idx(self.memory.as_ref(), Ordering::Acquire)
-            .map_err(|source| QueueError::Available {
-                index: self.index,
-                source,
-            })?;
-        Ok(index.0.wrapping_sub(self.queue.next_avail()))
-    }
-
     /// Takes note of the kicks so far.
     pub(super) fn acknowledge_kick(&self) -> Result<(), QueueError> {
         match self.kick.read() {
@@ -261,7 +277,11 @@ impl Virtqueue {
         }
     }
 
-    fn kick_self(&self) -> Result<(), QueueError> {
+    /// Makes the device's thread come back to this queue.
+    ///
+    /// # Errors
+    /// When the eventfd does not take it.
+    pub fn kick_self(&self) -> Result<(), QueueError> {
         self.kick.write(1).map_err(|source| QueueError::Kick {
             index: self.index,
             source,
@@ -497,6 +517,11 @@ impl<'m> Writable<'m> {
     /// Whether no room is left.
     pub fn is_empty(&self) -> bool {
         self.0.len == 0
+    }
+
+    /// Number of iovecs that it takes.
+    pub fn segments(&self) -> usize {
+        self.0.slices.len()
     }
 
     /// Cuts off the first `count` bytes of room, or all if there are fewer.

@@ -3,7 +3,7 @@
 //!
 //! It never polls: a device that forgets an interrupt fails its test by [`PATIENCE`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -150,7 +150,8 @@ struct DriverQueue {
     kicked: u16,
     used: u16,
     in_flight: HashMap<u16, InFlight>,
-    done: HashMap<u16, Used>,
+    /// In the order of the used ring.
+    done: VecDeque<(u16, Used)>,
 }
 
 /// The driver.
@@ -206,7 +207,7 @@ impl Driver {
                     kicked: 0,
                     used: 0,
                     in_flight: HashMap::new(),
-                    done: HashMap::new(),
+                    done: VecDeque::new(),
                 },
             );
             queues.push(ActiveQueue { index, queue, kick });
@@ -360,14 +361,15 @@ impl Driver {
         loop {
             let interrupts = self.interrupt.count(queue);
             self.collect(queue);
-            if let Some(used) = self.queues.get_mut(&queue).unwrap().done.remove(&head) {
-                return used;
+            let done = &mut self.queues.get_mut(&queue).unwrap().done;
+            if let Some(position) = done.iter().position(|(returned, _)| *returned == head) {
+                return done.remove(position).unwrap().1;
             }
             self.wait_interrupt(queue, interrupts);
         }
     }
 
-    /// Waits for the return of any chain.
+    /// Waits for the return of a chain, whichever is first.
     pub(crate) fn wait_any_used(&mut self, queue: u16) -> Used {
         loop {
             let interrupts = self.interrupt.count(queue);
@@ -378,12 +380,11 @@ impl Driver {
         }
     }
 
-    /// A chain that has returned, in no particular order.
-    pub(crate) fn try_any_used(&mut self, queue: u16) -> Option<Used> {
+    /// The chain that returned first, if one has.
+    fn try_any_used(&mut self, queue: u16) -> Option<Used> {
         self.collect(queue);
         let done = &mut self.queues.get_mut(&queue).unwrap().done;
-        let head = done.keys().next().copied()?;
-        done.remove(&head)
+        done.pop_front().map(|(_, used)| used)
     }
 
     fn wait_interrupt(&self, queue: u16, after: u64) {
@@ -446,7 +447,7 @@ impl Driver {
             }
             bytes.truncate(written as usize);
             queue.free.extend(flown.slots);
-            queue.done.insert(head, Used { written, bytes });
+            queue.done.push_back((head, Used { written, bytes }));
         }
     }
 

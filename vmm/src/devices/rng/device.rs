@@ -8,7 +8,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::metrics::RngMetrics;
 use crate::snapshot::{RestoreError, Snapshot};
-use crate::virtio::queue::{Chain, ChainError, QueueError, Virtqueue};
+use crate::virtio::queue::{Chain, ChainError, QueueError, Virtqueue, take_queues};
 use crate::virtio::worker::{Poll, Serve, ThreadSetup, Worker};
 use crate::virtio::{ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice};
 
@@ -72,19 +72,10 @@ impl VirtioDevice for RngDevice {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let memory = Arc::new(activation.memory);
-        let queue = activation
-            .queues
-            .into_iter()
-            .find(|queue| queue.index == REQUEST_QUEUE)
-            .ok_or(ActivateError::MissingQueue {
-                index: REQUEST_QUEUE,
-            })?;
-        let serve = RngWorker {
-            queue: Virtqueue::new(queue, memory, Arc::clone(&activation.interrupt)),
-            metrics: Arc::clone(&self.metrics),
-        };
-        self.worker.start(serve, activation.interrupt)
+        let interrupt = Arc::clone(&activation.interrupt);
+        let [queue] = take_queues(activation, [REQUEST_QUEUE])?;
+        let metrics = Arc::clone(&self.metrics);
+        self.worker.start(RngWorker { queue, metrics }, interrupt)
     }
 
     fn pause(&mut self) -> Vec<ActiveQueue> {
