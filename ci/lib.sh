@@ -112,8 +112,9 @@ cached() {
 
 # need_rust - a Rust toolchain, as new as the workspace asks for.
 need_rust() {
-    # What libcontainer's and our own build scripts call; ld comes with gcc.
-    need_packages gcc libc6-dev pkg-config
+    # libseccomp, and libbpf with what it needs (the device controller of cgroup v2), are linked into
+    # the agent.
+    need_packages gcc make libc6-dev pkg-config libseccomp-dev libelf-dev zlib1g-dev
     command -v cargo >/dev/null || PATH=$HOME/.cargo/bin:$PATH
     command -v cargo >/dev/null ||
         die "there is no Rust toolchain: install one with rustup (Debian 12's own is too old)"

@@ -396,13 +396,14 @@ class Case(unittest.TestCase):
                              *command, **kwargs)
 
     def rootfs(self):
-        """A folder with the image's files, for what ctr does not offer with an image."""
-        target = os.path.join(self.folder, "rootfs")
-        os.mkdir(target)
-        self.ctr("images", "mount", IMAGE, target, code=0)
-        copy = os.path.join(self.folder, "copy")
-        subprocess.run(["cp", "-a", target, copy], check=True)
-        self.ctr("images", "unmount", "--rm", target, code=0)
+        """A folder with the image's files, for what ctr does not offer with an image; all tests share it."""
+        copy = "/var/tmp/e2e-rootfs"
+        if not os.path.exists(copy):
+            target = os.path.join(self.folder, "mounted")
+            os.mkdir(target)
+            self.ctr("images", "mount", IMAGE, target, code=0)
+            subprocess.run(["cp", "-a", target, copy], check=True)
+            self.ctr("images", "unmount", "--rm", target, code=0)
         return copy
 
     def run_spec(self, edit, *command, runtime=None, **kwargs):

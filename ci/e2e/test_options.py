@@ -158,6 +158,7 @@ class Options(Case):
 
     def test_a_rootfs_that_is_a_plain_folder(self):
         rootfs = self.rootfs()
+        self.addCleanup(os.unlink, f"{rootfs}/mark")
         out = self.output_of("/bin/sh", "-c", "echo written > /mark; cat /mark", options=["--rootfs"], image=(rootfs,))
         self.assertEqual(out, "written")
         with open(f"{rootfs}/mark", encoding="ascii") as file:
@@ -248,12 +249,12 @@ class Spec(Case):
         log = os.path.join(self.folder, "hooks")
 
         def edit(spec):
-            spec["hooks"] = {kind: [{"path": "/bin/sh", "args": ["sh", "-c", f"echo {kind} $(wc -c | awk '{{print $1 > 0}}') >>{log}"]}]
+            spec["hooks"] = {kind: [{"path": "/bin/sh", "args": ["sh", "-c", f"grep -q ociVersion && echo {kind} >>{log}"]}]
                              for kind in ("prestart", "createRuntime", "poststart", "poststop")}
 
         self.run_spec(edit, "true", code=0)
         with open(log, encoding="ascii") as file:
-            self.assertEqual(file.read().split(), ["prestart", "1", "createRuntime", "1", "poststart", "1", "poststop", "1"])
+            self.assertEqual(file.read().split(), ["prestart", "createRuntime", "poststart", "poststop"])
 
     def test_devices_with_their_modes(self):
         number = os.stat("/dev/fuse").st_rdev
