@@ -3,8 +3,23 @@
 //! It knows virtual machines and devices, and nothing of containers, OCI or containerd. The shim uses it through
 //! [`control`], the protocol of the jailed worker process in which a VM runs.
 
+mod boot;
+mod bus;
 pub mod config;
 pub mod control;
 pub mod devices;
+mod end;
+mod error;
+mod irq;
+mod kvm;
+mod layout;
+mod memory;
+mod platform;
 pub mod snapshot;
+mod vcpu;
 pub mod virtio;
+mod vmm;
+
+pub use error::Error;
+pub use vcpu::VcpuSetup;
+pub use vmm::{Confinement, VmFiles, Vmm};

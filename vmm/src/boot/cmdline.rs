@@ -1,0 +1,69 @@
+//! The kernel's command line.
+
+use linux_loader::cmdline::Cmdline;
+use linux_loader::loader::load_cmdline;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+use crate::error::Error;
+use crate::layout::{CMDLINE_BASE, CMDLINE_MAX_LEN, SERIAL_PORTS};
+
+/// What every guest gets.
+///
+/// - `console=hvc0`: the virtio console, one exit a line; the serial port costs one a byte.
+/// - `earlycon`: until the virtio console is there, messages that `quiet` lets through (a panic above all) go to the
+///   serial port.
+/// - `panic=-1`: a panic ends the VM at once, in case the guest's kernel has no driver for the panic notifier.
+/// - `reboot=acpi`: by the reset register, before any other way is tried.
+/// - `pci=noearly`: no early scan through port 0xcf8, which is not there.
+fn defaults() -> String {
+    format!(
+        "console=hvc0 earlycon=uart8250,io,{:#x} quiet panic=-1 reboot=acpi pci=noearly",
+        SERIAL_PORTS.start
+    )
+}
+
+/// Writes the command line and returns its length without the terminating zero.
+pub(super) fn write(memory: &GuestMemoryMmap, kernel_params: &str) -> Result<u32, Error> {
+    let line = build(kernel_params)?;
+    load_cmdline(memory, GuestAddress(CMDLINE_BASE), &line).map_err(Error::LoadKernel)?;
+    let len = line.as_cstring().map_err(Error::Cmdline)?.count_bytes();
+    Ok(u32::try_from(len).expect("the capacity is far below 4 GiB"))
+}
+
+fn build(kernel_params: &str) -> Result<Cmdline, Error> {
+    let mut line = Cmdline::new(CMDLINE_MAX_LEN).map_err(Error::Cmdline)?;
+    line.insert_str(defaults()).map_err(Error::Cmdline)?;
+    if !kernel_params.trim().is_empty() {
+        line.insert_str(kernel_params.trim())
+            .map_err(Error::Cmdline)?;
+    }
+    Ok(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_come_last_so_that_they_win() {
+        let line = build(" panic=0 ").unwrap().as_cstring().unwrap();
+        let line = line.to_str().unwrap();
+        assert!(line.starts_with("console=hvc0 "), "{line}");
+        assert!(line.ends_with(" panic=0"), "{line}");
+    }
+
+    #[test]
+    fn overlong_parameters_are_refused() {
+        assert!(matches!(
+            build(&"x".repeat(CMDLINE_MAX_LEN)),
+            Err(Error::Cmdline(_))
+        ));
+    }
+
+    #[test]
+    fn the_length_is_without_the_zero() {
+        let memory = crate::memory::allocate(1).unwrap();
+        let len = write(&memory, "").unwrap();
+        assert_eq!(len as usize, defaults().len());
+    }
+}

@@ -1,0 +1,6 @@
+//! The few devices that are neither virtio nor on the PCI bus: a serial port for the first messages of the kernel, the
+//! panic notifier, and the registers by which ACPI powers off and resets.
+
+pub(crate) mod power;
+pub(crate) mod pvpanic;
+pub(crate) mod serial;
