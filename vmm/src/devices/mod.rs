@@ -1,4 +1,5 @@
 //! The virtio devices. Each is a folder of its own and knows no other; what they share is in [`crate::virtio`].
 
+pub mod console;
 pub mod rng;
 pub mod vsock;
