@@ -19,6 +19,7 @@ pub mod snapshot;
 mod vcpu;
 pub mod virtio;
 mod vmm;
+pub mod worker;
 
 pub use error::Error;
 pub use vcpu::VcpuSetup;

@@ -1,0 +1,31 @@
+//! Log records as lines on standard error, which the shim reads and puts into its own log.
+
+use std::io::Write;
+
+use log::{LevelFilter, Log, Metadata, Record};
+
+struct StandardError;
+
+impl Log for StandardError {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        // One write a record, so that those of several threads stay apart. There is nobody to tell when it fails.
+        let line = format!("{} {}\n", record.level(), record.args());
+        let _ = std::io::stderr().write_all(line.as_bytes());
+    }
+
+    fn flush(&self) {}
+}
+
+/// Makes it the logger of the process, unless there is one.
+pub(super) fn install() {
+    if log::set_logger(&StandardError).is_ok() {
+        log::set_max_level(LevelFilter::Info);
+    }
+}

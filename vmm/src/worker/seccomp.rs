@@ -1,0 +1,331 @@
+//! Filters of system calls, one for each kind of thread. A call that is not allowed kills the process (SIGSYS), which
+//! the shim reports: a thread that makes one is either taken over by the guest or newer than its list.
+//!
+//! The lists were found by running guests under `strace -f` and hold what was seen, with the few calls of the C library
+//! and the Rust runtime that depend on chance (allocation, contention, a panic's last words). Calls that would
+//! widen what a thread may do are limited by their arguments: `ioctl` to the requests of KVM that a running VM makes,
+//! `mmap` and `mprotect` to memory that cannot be executed, `tgkill` to this process.
+
+use std::collections::BTreeMap;
+
+use kvm_bindings::{kvm_ioeventfd, kvm_irq_routing, kvm_irqfd, kvm_regs, kvm_sregs};
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch,
+};
+use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
+
+use crate::virtio::DeviceType;
+
+/// What a thread is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// The main thread, which serves the control socket.
+    Control,
+    /// A vCPU: KVM_RUN and the exits it returns with.
+    Vcpu,
+    /// The worker of a virtio device.
+    Device(DeviceType),
+}
+
+/// Why a thread could not be confined.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SeccompError {
+    #[error("cannot compile the filter of system calls")]
+    Compile(#[source] BackendError),
+    #[error("cannot install the filter of system calls")]
+    Install(#[source] seccompiler::Error),
+}
+
+/// The rules of a filter: a call is allowed when one of its rules matches, or when it has none.
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// Confines the calling thread, and the threads that it starts later, for good.
+pub(super) fn install(role: Role) -> Result<(), SeccompError> {
+    let program = compile(role).map_err(SeccompError::Compile)?;
+    seccompiler::apply_filter(&program).map_err(SeccompError::Install)
+}
+
+fn compile(role: Role) -> Result<BpfProgram, BackendError> {
+    let mut rules = Rules::new();
+    allow(&mut rules, EVERY_THREAD);
+    allow_limited_memory_and_signals(&mut rules)?;
+    match role {
+        Role::Control => allow(&mut rules, CONTROL),
+        Role::Vcpu => {
+            allow(&mut rules, VCPU);
+            allow_ioctls(&mut rules, VCPU_IOCTLS)?;
+        }
+        Role::Device(device) => {
+            allow(&mut rules, DEVICE);
+            match device {
+                DeviceType::Fs => allow(&mut rules, FILE_SERVER),
+                DeviceType::Block => {
+                    allow(&mut rules, BLOCK);
+                    allow_ioctls(&mut rules, BLOCK_IOCTLS)?;
+                }
+                DeviceType::Vsock => {
+                    allow(&mut rules, VSOCK);
+                    allow_ioctls(&mut rules, VSOCK_IOCTLS)?;
+                }
+                _ => {}
+            }
+        }
+    }
+    SeccompFilter::new(
+        rules.into_iter().collect(),
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )?
+    .try_into()
+}
+
+fn allow(rules: &mut Rules, calls: &[i64]) {
+    for &call in calls {
+        rules.insert(call, Vec::new());
+    }
+}
+
+fn allow_ioctls(rules: &mut Rules, requests: &[u64]) -> Result<(), BackendError> {
+    let rule = |&request: &u64| SeccompRule::new(vec![equals(1, request)?]);
+    rules.insert(
+        libc::SYS_ioctl,
+        requests.iter().map(rule).collect::<Result<_, _>>()?,
+    );
+    Ok(())
+}
+
+fn allow_limited_memory_and_signals(rules: &mut Rules) -> Result<(), BackendError> {
+    let not_executable = || -> Result<_, BackendError> {
+        SeccompRule::new(vec![SeccompCondition::new(
+            2,
+            SeccompCmpArgLen::Dword,
+            SeccompCmpOp::MaskedEq(PROT_EXEC),
+            0,
+        )?])
+    };
+    rules.insert(libc::SYS_mmap, vec![not_executable()?]);
+    rules.insert(libc::SYS_mprotect, vec![not_executable()?]);
+    let process = SeccompRule::new(vec![equals(0, u64::from(std::process::id()))?])?;
+    rules.insert(libc::SYS_tgkill, vec![process]);
+    Ok(())
+}
+
+/// The lower 32 bits of an argument, which are all that the calls limited here look at.
+fn equals(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+}
+
+const PROT_EXEC: u64 = 4;
+
+/// The Rust runtime, the allocator, channels and logs.
+const EVERY_THREAD: &[i64] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_poll,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
+
+const CONTROL: &[i64] = &[
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_fcntl,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_socketpair,
+];
+
+const VCPU: &[i64] = &[];
+
+/// To run; to start at the kernel's entry point, and to say where a guest has died; and to bind interrupts and doorbells
+/// when the driver configures a device.
+const VCPU_IOCTLS: &[u64] = &[
+    kvm::<()>(_IOC_NONE, 0x80),               // KVM_RUN
+    kvm::<kvm_regs>(_IOC_READ, 0x81),         // KVM_GET_REGS
+    kvm::<kvm_regs>(_IOC_WRITE, 0x82),        // KVM_SET_REGS
+    kvm::<kvm_sregs>(_IOC_READ, 0x83),        // KVM_GET_SREGS
+    kvm::<kvm_sregs>(_IOC_WRITE, 0x84),       // KVM_SET_SREGS
+    kvm::<kvm_irq_routing>(_IOC_WRITE, 0x6a), // KVM_SET_GSI_ROUTING
+    kvm::<kvm_irqfd>(_IOC_WRITE, 0x76),       // KVM_IRQFD
+    kvm::<kvm_ioeventfd>(_IOC_WRITE, 0x79),   // KVM_IOEVENTFD
+];
+
+/// A request of KVM's, as linux/kvm.h defines it.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "TryFrom is not const, and no structure of KVM's has 4 GiB"
+)]
+const fn kvm<T>(direction: u32, number: u32) -> u64 {
+    const KVMIO: u32 = 0xAE;
+    ioctl_expr(direction, KVMIO, number, size_of::<T>() as u32)
+}
+
+/// Every device: it waits for kicks and signals the guest.
+const DEVICE: &[i64] = &[
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+];
+
+const BLOCK: &[i64] = &[
+    libc::SYS_fallocate,
+    libc::SYS_fdatasync,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+];
+
+const BLOCK_IOCTLS: &[u64] = &[
+    0x1277, // BLKDISCARD
+    0x127F, // BLKZEROOUT
+];
+
+const VSOCK: &[i64] = &[
+    libc::SYS_fcntl,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+    libc::SYS_socketpair,
+];
+
+const VSOCK_IOCTLS: &[u64] = &[
+    0x5421, // FIONBIO
+];
+
+/// The server of the shared folders: it opens, reads and changes files below them as the users of the guest.
+const FILE_SERVER: &[i64] = &[
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_copy_file_range,
+    libc::SYS_dup,
+    libc::SYS_faccessat,
+    libc::SYS_faccessat2,
+    libc::SYS_fallocate,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_fcntl,
+    libc::SYS_fdatasync,
+    libc::SYS_fgetxattr,
+    libc::SYS_flistxattr,
+    libc::SYS_flock,
+    libc::SYS_fremovexattr,
+    libc::SYS_fsetxattr,
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_getdents64,
+    libc::SYS_getegid,
+    libc::SYS_geteuid,
+    libc::SYS_getxattr,
+    libc::SYS_linkat,
+    libc::SYS_listxattr,
+    libc::SYS_lseek,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_newfstatat,
+    libc::SYS_openat,
+    libc::SYS_prctl,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_readlinkat,
+    libc::SYS_removexattr,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_setgroups,
+    libc::SYS_setresgid,
+    libc::SYS_setresuid,
+    libc::SYS_setxattr,
+    libc::SYS_statx,
+    libc::SYS_symlinkat,
+    libc::SYS_umask,
+    libc::SYS_unlinkat,
+    libc::SYS_utimensat,
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEVICES: [DeviceType; 5] = [
+        DeviceType::Block,
+        DeviceType::Console,
+        DeviceType::Fs,
+        DeviceType::Rng,
+        DeviceType::Vsock,
+    ];
+
+    #[test]
+    fn every_filter_compiles() {
+        let roles = [Role::Control, Role::Vcpu].into_iter();
+        for role in roles.chain(DEVICES.map(Role::Device)) {
+            assert!(!compile(role).unwrap().is_empty(), "{role:?}");
+        }
+    }
+
+    #[test]
+    fn no_list_lets_a_thread_out() {
+        let lists = [
+            EVERY_THREAD,
+            CONTROL,
+            VCPU,
+            DEVICE,
+            BLOCK,
+            VSOCK,
+            FILE_SERVER,
+        ];
+        for call in [
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_clone,
+            libc::SYS_clone3,
+            libc::SYS_fork,
+            libc::SYS_vfork,
+            libc::SYS_ptrace,
+            libc::SYS_process_vm_writev,
+            libc::SYS_mount,
+            libc::SYS_move_mount,
+            libc::SYS_setns,
+            libc::SYS_unshare,
+            libc::SYS_chroot,
+            libc::SYS_pivot_root,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_bpf,
+            libc::SYS_io_uring_setup,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_kill,
+        ] {
+            assert!(lists.iter().all(|list| !list.contains(&call)), "{call}");
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! The main thread against a VM that the test plays.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use super::*;
+
+type Done = Box<dyn FnOnce(Result<VsockStream, ConnectError>) + Send>;
+
+struct FakeMachine {
+    end: Arc<(OwnedFd, OnceLock<ExitReason>)>,
+    connects: Sender<(u32, Done)>,
+}
+
+impl AsFd for FakeMachine {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.end.0.as_fd()
+    }
+}
+
+impl Machine for FakeMachine {
+    fn end_reason(&self) -> Option<ExitReason> {
+        self.end.1.get().cloned()
+    }
+
+    fn metrics(&self) -> BTreeMap<String, u64> {
+        BTreeMap::from([("vcpu_exits_io".to_owned(), 3)])
+    }
+
+    fn connect(
+        &self,
+        port: u32,
+        done: impl FnOnce(Result<VsockStream, ConnectError>) + Send + 'static,
+    ) {
+        self.connects.send((port, Box::new(done))).unwrap();
+    }
+}
+
+/// The shim's side, and the strings by which the test moves the VM.
+struct Scene {
+    socket: Option<OwnedFd>,
+    end: Arc<(OwnedFd, OnceLock<ExitReason>)>,
+    connects: Receiver<(u32, Done)>,
+    outlet: Receiver<Outlet<Notice>>,
+    worker: JoinHandle<Result<(), WorkerError>>,
+}
+
+impl Scene {
+    fn open(boots: Result<(), String>) -> Self {
+        let (ours, theirs) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let end = Arc::new((eventfd(0, EventfdFlags::CLOEXEC).unwrap(), OnceLock::new()));
+        let (connects, connects_seen) = channel();
+        let (outlet, outlet_seen) = channel();
+        let machine = FakeMachine {
+            end: Arc::clone(&end),
+            connects,
+        };
+        let worker = std::thread::spawn(move || {
+            run(theirs, |_config, _files, notices| {
+                boots?;
+                outlet.send(notices).unwrap();
+                Ok(machine)
+            })
+        });
+        Self {
+            socket: Some(ours),
+            end,
+            connects: connects_seen,
+            outlet: outlet_seen,
+            worker,
+        }
+    }
+
+    /// A scene whose VM runs.
+    fn booted() -> (Self, Outlet<Notice>) {
+        let scene = Self::open(Ok(()));
+        scene.ask(1, boot());
+        assert_eq!(scene.hear().0, replied(1, Ok(Reply::Booted)));
+        let outlet = scene.outlet.recv().unwrap();
+        (scene, outlet)
+    }
+
+    fn ask(&self, id: u64, call: Call) {
+        control::send(self.socket.as_ref().unwrap(), &Request { id, call }, &[]).unwrap();
+    }
+
+    fn hear(&self) -> (Message, Vec<OwnedFd>) {
+        control::recv(self.socket.as_ref().unwrap())
+            .unwrap()
+            .expect("the worker says something")
+    }
+
+    fn end(&self, reason: ExitReason) {
+        self.end.1.set(reason).unwrap();
+        rustix::io::write(&self.end.0, &1_u64.to_ne_bytes()).unwrap();
+    }
+
+    fn close(mut self) -> Result<(), WorkerError> {
+        drop(self.socket.take());
+        self.worker.join().unwrap()
+    }
+}
+
+fn replied(id: u64, result: Result<Reply, String>) -> Message {
+    Message::Reply { id, result }
+}
+
+fn boot() -> Call {
+    Call::Boot(VmConfig {
+        vcpus: 1,
+        memory_mib: 64,
+        kernel_params: String::new(),
+        shares: Vec::new(),
+        disks: Vec::new(),
+        guest_cid: 3,
+        ready_port: 1024,
+    })
+}
+
+#[test]
+fn ends_well_when_the_shim_closes_before_the_boot() {
+    Scene::open(Ok(())).close().unwrap();
+}
+
+#[test]
+fn ends_well_when_the_shim_closes_while_the_vm_runs() {
+    let (scene, _outlet) = Scene::booted();
+    scene.close().unwrap();
+}
+
+#[test]
+fn questions_before_the_boot_are_refused() {
+    let scene = Scene::open(Ok(()));
+    scene.ask(4, Call::Metrics);
+    assert_eq!(
+        scene.hear().0,
+        replied(4, Err("no VM has been booted yet".into()))
+    );
+    scene.close().unwrap();
+}
+
+#[test]
+fn second_boot_is_refused() {
+    let (scene, _outlet) = Scene::booted();
+    scene.ask(2, boot());
+    assert_eq!(
+        scene.hear().0,
+        replied(2, Err("a VM has been booted already".into()))
+    );
+    scene.close().unwrap();
+}
+
+#[test]
+fn failed_boot_is_told_and_ends_the_worker() {
+    let scene = Scene::open(Err("no kernel".into()));
+    scene.ask(1, boot());
+    assert_eq!(scene.hear().0, replied(1, Err("no kernel".into())));
+    assert!(matches!(
+        scene.worker.join().unwrap(),
+        Err(WorkerError::NotBooted(message)) if message == "no kernel"
+    ));
+}
+
+#[test]
+fn metrics_are_answered() {
+    let (scene, _outlet) = Scene::booted();
+    scene.ask(2, Call::Metrics);
+    let (message, _) = scene.hear();
+    let Message::Reply {
+        id: 2,
+        result: Ok(Reply::Metrics(metrics)),
+    } = message
+    else {
+        panic!("{message:?}");
+    };
+    assert_eq!(metrics["vcpu_exits_io"], 3);
+    scene.close().unwrap();
+}
+
+#[test]
+fn connect_that_waits_for_the_guest_delays_nobody() {
+    let (scene, _outlet) = Scene::booted();
+    scene.ask(2, Call::VsockConnect { port: 1025 });
+    scene.ask(3, Call::VsockConnect { port: 9 });
+    scene.ask(4, Call::Metrics);
+    assert!(matches!(scene.hear().0, Message::Reply { id: 4, .. }));
+
+    let (port, first) = scene.connects.recv().unwrap();
+    assert_eq!(port, 1025);
+    let (_, second) = scene.connects.recv().unwrap();
+    // From another thread, as the device does, and out of order.
+    std::thread::spawn(|| second(Err(ConnectError::Refused)));
+    assert_eq!(
+        scene.hear().0,
+        replied(3, Err("the guest refused the connection".into()))
+    );
+
+    let (mut guest, stream) = UnixStream::pair().unwrap();
+    first(Ok(VsockStream {
+        local_port: 77,
+        stream,
+    }));
+    let (message, fds) = scene.hear();
+    assert_eq!(
+        message,
+        replied(2, Ok(Reply::VsockConnected { local_port: 77 }))
+    );
+    let [fd] = <[OwnedFd; 1]>::try_from(fds).unwrap();
+    UnixStream::from(fd).write_all(b"hello").unwrap();
+    let mut text = String::new();
+    // To the end: no copy of the descriptor stays with the worker.
+    guest.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "hello");
+    scene.close().unwrap();
+}
+
+#[test]
+fn ready_is_told() {
+    let (scene, outlet) = Scene::booted();
+    outlet.send(Notice::Ready);
+    assert_eq!(scene.hear().0, Message::Event(Event::Ready));
+    scene.close().unwrap();
+}
+
+#[test]
+fn end_of_the_vm_is_told_last_and_ends_the_worker() {
+    let (scene, outlet) = Scene::booted();
+    outlet.send(Notice::Ready);
+    scene.end(ExitReason::Panic);
+    assert_eq!(scene.hear().0, Message::Event(Event::Ready));
+    assert_eq!(
+        scene.hear().0,
+        Message::Event(Event::Exited(ExitReason::Panic))
+    );
+    scene.worker.join().unwrap().unwrap();
+}
+
+#[test]
+fn message_that_is_none_ends_the_worker() {
+    let (scene, _outlet) = Scene::booted();
+    rustix::net::send(
+        scene.socket.as_ref().unwrap(),
+        b"{}",
+        rustix::net::SendFlags::empty(),
+    )
+    .unwrap();
+    assert!(matches!(
+        scene.worker.join().unwrap(),
+        Err(WorkerError::Control(_))
+    ));
+}
