@@ -1,3 +1,97 @@
-//! husk-agent, the init of the guest.
+//! husk-agent, the init of the guest: process 1 of the initramfs, which mounts what a guest needs, reaps, and runs
+//! containers for the shim on the host. See `proto/agent.proto` for the service.
+//!
+//! The program has two roles. Process 1 is the agent. It starts itself again as a *creator* for each container or process
+//! that libcontainer is to build, since libcontainer forks and the agent must not.
 
-fn main() {}
+mod cgroup;
+mod container;
+mod creator;
+mod devices;
+mod error;
+mod init;
+mod launch;
+mod logging;
+mod process;
+mod reaper;
+mod service;
+mod signals;
+mod spec;
+mod stats;
+mod storage;
+mod streams;
+mod terminal;
+
+use std::fs::{self, OpenOptions};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use husk_protocol::{AGENT_PORT, STREAM_PORT};
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
+
+use container::Containers;
+use reaper::Reaper;
+use streams::Streams;
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    if arguments.next().as_deref() == Some(launch::CREATOR) {
+        return creator::main(&arguments.next().unwrap_or_default());
+    }
+    if std::process::id() != 1 {
+        eprintln!(
+            "husk-agent is the init of a Husk guest: it runs as process 1 of a virtual machine"
+        );
+        return ExitCode::FAILURE;
+    }
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The kernel panics when process 1 ends, and the host reports its last lines.
+            eprintln!("husk-agent: {}", error::chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    init::prepare()?;
+    let cmdline =
+        fs::read_to_string("/proc/cmdline").context("reading the kernel's command line")?;
+    let level = logging::level_of(&cmdline);
+    let console = OpenOptions::new()
+        .write(true)
+        .open(logging::CONSOLE)
+        .context("opening the console")?;
+    logging::start(level, console);
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the runtime")?
+        .block_on(serve(level))
+}
+
+/// Serves until the virtual machine ends.
+async fn serve(level: &str) -> Result<()> {
+    let signals = Reaper::signals().context("catching SIGCHLD")?;
+    let reaper = Arc::new(Reaper::default());
+    let streams = Arc::new(Streams::default());
+    let containers = Containers::new(Arc::clone(&reaper), Arc::clone(&streams), level.to_owned());
+
+    let _server = service::serve(Arc::new(containers), listen(AGENT_PORT)?)
+        .await
+        .context("starting the service")?;
+    tokio::spawn(streams.serve(listen(STREAM_PORT)?));
+    streams::announce()
+        .await
+        .context("telling the host that the agent is ready")?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "husk-agent is ready");
+    reaper.run(signals).await;
+    Ok(())
+}
+
+fn listen(port: u32) -> Result<VsockListener> {
+    VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))
+        .with_context(|| format!("listening on vsock port {port}"))
+}

@@ -1,0 +1,672 @@
+//! The containers of this guest: what is known of each, and what may be done with it in which state.
+//!
+//! ```text
+//! (creating) ─► created ─► starting ─► running ◄─► paused
+//!                  └───────────┴───────────┴──────────┴──► stopped: whenever the first process has ended
+//! ```
+//!
+//! No lock is held while anything is waited for: a step that takes time first moves the container to a state in which
+//! nobody else begins another.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use husk_protocol::{SHARE_MOUNT_POINT, agent};
+use libcontainer::container::Container as OciContainer;
+use nix::unistd::Pid;
+use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
+use tokio::sync::{OnceCell, watch};
+use tokio::task::JoinHandle;
+
+use crate::cgroup::Cgroup;
+use crate::devices;
+use crate::error::{During, Error, Result};
+use crate::launch::{Confinement, Launcher, Reports, Work};
+use crate::process::{Process, StdioRequest, Wiring};
+use crate::reaper::Reaper;
+use crate::signals::Signal;
+use crate::spec;
+use crate::storage::{self, Mounts};
+use crate::streams::{ChildEnds, Streams};
+use crate::terminal::ConsoleSocket;
+
+/// Stopping, thawing or killing a process takes the time of its current system call; a request does not wait longer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Everything below is the agent's own; the share is mounted there too.
+const RUN: &str = "/run/husk";
+
+/// All containers, and what they are made with.
+#[derive(Debug)]
+pub(crate) struct Containers {
+    slots: Mutex<HashMap<String, Slot>>,
+    reaper: Arc<Reaper>,
+    streams: Arc<Streams>,
+    launcher: Launcher,
+    share: OnceCell<()>,
+    names: AtomicU64,
+}
+
+#[derive(Debug)]
+enum Slot {
+    /// The id is taken; there is nothing to work with yet.
+    Creating,
+    Created(Arc<Container>),
+}
+
+/// One container.
+#[derive(Debug)]
+pub(crate) struct Container {
+    id: String,
+    spec: Spec,
+    cgroup: Cgroup,
+    init: Arc<Process>,
+    execs: Mutex<HashMap<String, Exec>>,
+    state: Mutex<State>,
+    oom_kills: watch::Receiver<u64>,
+    oom_watch: JoinHandle<()>,
+    _mounts: Mounts,
+}
+
+#[derive(Debug)]
+enum Exec {
+    Starting,
+    Started(Arc<Process>),
+}
+
+#[derive(Debug)]
+enum State {
+    Created(Reports),
+    Starting,
+    Running,
+    /// On the way from running to paused, or back.
+    Turning,
+    Paused,
+}
+
+impl Containers {
+    pub(crate) fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, log_level: String) -> Self {
+        Self {
+            slots: Mutex::default(),
+            reaper,
+            streams,
+            launcher: Launcher {
+                state_root: PathBuf::from(RUN).join("state"),
+                log_level,
+            },
+            share: OnceCell::new(),
+            names: AtomicU64::new(0),
+        }
+    }
+
+    /// Makes a container up to the OCI state `created`; returns its first process' pid.
+    pub(crate) async fn create(
+        &self,
+        id: &str,
+        spec: &[u8],
+        storages: &[agent::Storage],
+        stdio: StdioRequest,
+    ) -> Result<Pid> {
+        match self.slots().entry(id.to_owned()) {
+            Entry::Occupied(_) => return Err(Error::ContainerExists { id: id.to_owned() }),
+            Entry::Vacant(slot) => slot.insert(Slot::Creating),
+        };
+        let built = self.build(id, spec, storages, stdio).await;
+        let mut slots = self.slots();
+        match built {
+            Ok(container) => {
+                let pid = container.init.pid();
+                slots.insert(id.to_owned(), Slot::Created(Arc::new(container)));
+                Ok(pid)
+            }
+            Err(error) => {
+                self.forget(id);
+                slots.remove(id);
+                Err(error)
+            }
+        }
+    }
+
+    async fn build(
+        &self,
+        id: &str,
+        spec: &[u8],
+        storages: &[agent::Storage],
+        request: StdioRequest,
+    ) -> Result<Container> {
+        let spec: Spec = parse("the specification", spec)?;
+        if uses_share(&spec) {
+            self.share
+                .get_or_try_init(async || storage::mount_share())
+                .await?;
+        }
+        let mounts = Mounts::new(storages)?;
+        let prepared = spec::prepare(spec, id, request.terminal, devices::lookup)?;
+        for (name, value) in &prepared.network_sysctls {
+            set_sysctl(name, value)?;
+        }
+        let spec = prepared.spec;
+        let bundle = self.write(id, "config.json", &spec)?;
+        let bundle = bundle.parent().map(PathBuf::from).unwrap_or_default();
+
+        let wiring = self.wire(&spec, spec.process().as_ref(), request).await?;
+        let expectation = self.reaper.expect();
+        let (pid, launch, terminal) = wiring
+            .launch(|console, ends| self.launch(id, Work::Create { bundle }, console, ends))
+            .await?;
+        let init = Arc::new(Process::new(pid, expectation.claim(pid), terminal));
+
+        let cgroup = Cgroup::of(id);
+        if !spec::has_pid_namespace(&spec) {
+            tokio::spawn(end_with(Arc::clone(&init), cgroup.clone()));
+        }
+        let (count, oom_kills) = watch::channel(0);
+        let oom_watch = tokio::spawn({
+            let cgroup = cgroup.clone();
+            async move {
+                if let Err(error) = cgroup.report_oom_kills(count).await {
+                    tracing::error!(error = crate::error::chain(&error), "OOM kills go unseen");
+                }
+            }
+        });
+        Ok(Container {
+            id: id.to_owned(),
+            spec,
+            cgroup,
+            init,
+            execs: Mutex::default(),
+            state: Mutex::new(State::Created(launch.reports)),
+            oom_kills,
+            oom_watch,
+            _mounts: mounts,
+        })
+    }
+
+    /// Lets the first process of a created container execute its program.
+    pub(crate) async fn start(&self, id: &str) -> Result<()> {
+        self.get(id)?.start(&self.launcher.state_root).await
+    }
+
+    /// Starts a process in a running container; returns its pid.
+    pub(crate) async fn exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: &[u8],
+        stdio: StdioRequest,
+    ) -> Result<Pid> {
+        let container = self.get(id)?;
+        let mut process: ProcessSpec = parse("the process", process)?;
+        container.must_be_running()?;
+        container.reserve(exec_id)?;
+        let started = self.start_exec(&container, &mut process, stdio).await;
+        let mut execs = container.execs();
+        match started {
+            Ok(process) => {
+                let pid = process.pid();
+                execs.insert(exec_id.to_owned(), Exec::Started(Arc::new(process)));
+                Ok(pid)
+            }
+            Err(error) => {
+                execs.remove(exec_id);
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_exec(
+        &self,
+        container: &Container,
+        process: &mut ProcessSpec,
+        request: StdioRequest,
+    ) -> Result<Process> {
+        let init_pid = container.init.pid();
+        let root = PathBuf::from(format!("/proc/{init_pid}/root"));
+        let first = container.spec.process().as_ref();
+        spec::prepare_process(process, request.terminal, &root, first);
+        let name = format!(
+            "process-{}.json",
+            self.names.fetch_add(1, Ordering::Relaxed)
+        );
+        let file = self.write(&container.id, &name, process)?;
+        let work = Work::Exec {
+            process: file.clone(),
+            confinement: confinement(&container.spec, process).map(Box::new),
+            sub_cgroup: container.sub_cgroup(),
+        };
+        let wiring = self.wire(&container.spec, Some(process), request).await?;
+        let expectation = self.reaper.expect();
+        let launched = wiring
+            .launch(|console, ends| self.launch(&container.id, work, console, ends))
+            .await;
+        if let Err(error) = fs::remove_file(&file) {
+            tracing::warn!(%error, file = %file.display(), "a file of an exec stays");
+        }
+        let (pid, _, terminal) = launched?;
+        Ok(Process::new(pid, expectation.claim(pid), terminal))
+    }
+
+    /// Changes the container's limits.
+    pub(crate) async fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
+        let container = self.get(id)?;
+        let mut resources: LinuxResources = parse("the resources", resources)?;
+        container.must_exist()?;
+        // libcgroups always writes the device rules, and none would mean the default ones.
+        let first = container
+            .spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.resources().as_ref());
+        resources.set_devices(first.and_then(|resources| resources.devices().clone()));
+        let name = format!(
+            "resources-{}.json",
+            self.names.fetch_add(1, Ordering::Relaxed)
+        );
+        let file = self.write(id, &name, &resources)?;
+        let work = Work::Update {
+            resources: file.clone(),
+        };
+        let mut launch = self.launch(id, work, None, ChildEnds::default())?;
+        let updated = launch.reports.done().await;
+        if let Err(error) = fs::remove_file(&file) {
+            tracing::warn!(%error, file = %file.display(), "a file of an update stays");
+        }
+        updated.map(drop)
+    }
+
+    /// Kills what is left of a container and frees what it holds. An unknown one is no error.
+    pub(crate) async fn remove(&self, id: &str) -> Result<()> {
+        let container = match self.slots().entry(id.to_owned()) {
+            Entry::Vacant(_) => return Ok(()),
+            Entry::Occupied(slot) => match slot.get() {
+                Slot::Creating => {
+                    return Err(Error::WrongState {
+                        id: id.to_owned(),
+                        is: "being created",
+                        wanted: "created",
+                    });
+                }
+                Slot::Created(container) => {
+                    let container = Arc::clone(container);
+                    slot.remove();
+                    container
+                }
+            },
+        };
+        if let Err(error) = container.clear().await {
+            self.slots().insert(id.to_owned(), Slot::Created(container));
+            return Err(error);
+        }
+        self.forget(id);
+        Ok(())
+    }
+
+    pub(crate) fn get(&self, id: &str) -> Result<Arc<Container>> {
+        match self.slots().get(id) {
+            Some(Slot::Created(container)) => Ok(Arc::clone(container)),
+            Some(Slot::Creating) | None => Err(Error::NoContainer { id: id.to_owned() }),
+        }
+    }
+
+    async fn wire(
+        &self,
+        spec: &Spec,
+        process: Option<&ProcessSpec>,
+        request: StdioRequest,
+    ) -> Result<Wiring> {
+        let process = process.or(spec.process().as_ref());
+        let uid = process.map_or(0, |process| process.user().uid());
+        Wiring::new(&self.streams, request, uid, || {
+            let name = format!("console-{}", self.names.fetch_add(1, Ordering::Relaxed));
+            ConsoleSocket::bind(PathBuf::from(RUN).join(name))
+        })
+        .await
+    }
+
+    fn launch(
+        &self,
+        id: &str,
+        work: Work,
+        console: Option<&ConsoleSocket>,
+        ends: ChildEnds,
+    ) -> Result<crate::launch::Launch> {
+        self.launcher
+            .launch(id, work, console.map(ConsoleSocket::path), ends)
+    }
+
+    fn bundle(id: &str) -> PathBuf {
+        PathBuf::from(RUN).join("bundles").join(id)
+    }
+
+    fn write(&self, id: &str, name: &str, content: &impl serde::Serialize) -> Result<PathBuf> {
+        let folder = Self::bundle(id);
+        let file = folder.join(name);
+        let write = || {
+            fs::create_dir_all(&folder)?;
+            fs::write(&file, serde_json::to_vec(content)?)
+        };
+        write().during(format!("writing {}", file.display()))?;
+        Ok(file)
+    }
+
+    /// Removes the files of a container that is gone, or that has not come to be.
+    fn forget(&self, id: &str) {
+        for folder in [Self::bundle(id), self.launcher.state_root.join(id)] {
+            match fs::remove_dir_all(&folder) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    tracing::warn!(%error, folder = %folder.display(), "files of a container stay");
+                }
+                Ok(()) | Err(_) => {}
+            }
+        }
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Container {
+    async fn start(&self, state_root: &Path) -> Result<()> {
+        let mut reports = {
+            let mut state = self.state();
+            if self.init.has_ended() || !matches!(*state, State::Created(_)) {
+                return Err(self.wrong_state(&state, "created"));
+            }
+            match std::mem::replace(&mut *state, State::Starting) {
+                State::Created(reports) => reports,
+                other => {
+                    *state = other;
+                    return Err(self.wrong_state(&state, "created"));
+                }
+            }
+        };
+        let started = OciContainer::load(state_root.join(&self.id))
+            .and_then(|mut container| container.start())
+            .map_err(|error| Error::Launch(crate::error::chain(&error)));
+        let started = match started {
+            Ok(()) => reports.executed().await,
+            Err(error) => Err(error),
+        };
+        *self.state() = State::Running;
+        started
+    }
+
+    /// The first process, or that of an exec.
+    pub(crate) fn process(&self, exec_id: &str) -> Result<Arc<Process>> {
+        if exec_id.is_empty() {
+            return Ok(Arc::clone(&self.init));
+        }
+        match self.execs().get(exec_id) {
+            Some(Exec::Started(process)) => Ok(Arc::clone(process)),
+            Some(Exec::Starting) | None => Err(self.no_process(exec_id)),
+        }
+    }
+
+    /// Forgets an exec that has ended.
+    pub(crate) fn remove_process(&self, exec_id: &str) -> Result<()> {
+        match self.execs().entry(exec_id.to_owned()) {
+            Entry::Occupied(entry) => match entry.get() {
+                Exec::Started(process) if process.has_ended() => {
+                    entry.remove();
+                    Ok(())
+                }
+                Exec::Started(_) | Exec::Starting => Err(Error::StillRunning {
+                    id: self.id.clone(),
+                    exec_id: exec_id.to_owned(),
+                }),
+            },
+            Entry::Vacant(_) => Err(self.no_process(exec_id)),
+        }
+    }
+
+    /// Sends a signal to one process, or to all of the container.
+    pub(crate) fn signal(&self, exec_id: &str, signal: Signal, all: bool) -> Result<()> {
+        if all {
+            return self.cgroup.signal(signal);
+        }
+        self.process(exec_id)?.signal(signal)
+    }
+
+    /// Every process, with the exec that it is, if it is one.
+    pub(crate) fn processes(&self) -> Result<Vec<(Pid, String)>> {
+        self.must_exist()?;
+        let pids = self.cgroup.processes()?;
+        let execs = self.execs();
+        let exec_of = |pid| {
+            execs.iter().find_map(|(exec_id, exec)| match exec {
+                Exec::Started(process) if process.pid() == pid && !process.has_ended() => {
+                    Some(exec_id.clone())
+                }
+                Exec::Started(_) | Exec::Starting => None,
+            })
+        };
+        Ok(pids
+            .into_iter()
+            .map(|pid| (pid, exec_of(pid).unwrap_or_default()))
+            .collect())
+    }
+
+    /// Stops every process where it is.
+    pub(crate) async fn pause(&self) -> Result<()> {
+        self.turn("running", true, |state| matches!(state, State::Running))
+            .await
+    }
+
+    /// Lets every process go on.
+    pub(crate) async fn resume(&self) -> Result<()> {
+        self.turn("paused", false, |state| matches!(state, State::Paused))
+            .await
+    }
+
+    async fn turn(
+        &self,
+        from: &'static str,
+        frozen: bool,
+        may: impl FnOnce(&State) -> bool,
+    ) -> Result<()> {
+        let before = {
+            let mut state = self.state();
+            if self.init.has_ended() || !may(&state) {
+                return Err(self.wrong_state(&state, from));
+            }
+            std::mem::replace(&mut *state, State::Turning)
+        };
+        let turned = async {
+            self.cgroup.set_frozen(frozen)?;
+            let what = if frozen { "stop" } else { "go on" };
+            self.in_time(what, self.cgroup.frozen(frozen)).await
+        };
+        match turned.await {
+            Ok(()) => {
+                *self.state() = if frozen {
+                    State::Paused
+                } else {
+                    State::Running
+                };
+                Ok(())
+            }
+            Err(error) => {
+                // As it was: the freezer takes back an order that it has not carried out.
+                if let Err(error) = self.cgroup.set_frozen(!frozen) {
+                    tracing::error!(error = crate::error::chain(&error), "the freezer is stuck");
+                }
+                *self.state() = before;
+                Err(error)
+            }
+        }
+    }
+
+    /// Counters of the container's cgroup.
+    pub(crate) fn stats(&self) -> Result<agent::StatsContainerResponse> {
+        self.must_exist()?;
+        Ok(crate::stats::of(&self.cgroup))
+    }
+
+    /// The count of OOM kills; ends with the container.
+    pub(crate) fn oom_kills(&self) -> watch::Receiver<u64> {
+        self.oom_kills.clone()
+    }
+
+    /// Ends every process and removes the cgroup.
+    async fn clear(&self) -> Result<()> {
+        if self.cgroup.path().exists() {
+            self.cgroup.kill()?;
+            self.in_time("end", self.cgroup.empty()).await?;
+        }
+        self.oom_watch.abort();
+        self.cgroup.remove()
+    }
+
+    /// The group of the first process below the container's, if processes may only be there.
+    fn sub_cgroup(&self) -> Option<String> {
+        if !self.cgroup.is_inner() {
+            return None;
+        }
+        let text = fs::read_to_string(format!("/proc/{}/cgroup", self.init.pid())).ok()?;
+        let path = text.trim().strip_prefix("0::")?;
+        let below = path.strip_prefix(&Cgroup::name(&self.id))?;
+        Some(below.trim_start_matches('/').to_owned()).filter(|below| !below.is_empty())
+    }
+
+    fn reserve(&self, exec_id: &str) -> Result<()> {
+        match self.execs().entry(exec_id.to_owned()) {
+            Entry::Occupied(_) => Err(Error::ProcessExists {
+                id: self.id.clone(),
+                exec_id: exec_id.to_owned(),
+            }),
+            Entry::Vacant(entry) => {
+                entry.insert(Exec::Starting);
+                Ok(())
+            }
+        }
+    }
+
+    fn must_be_running(&self) -> Result<()> {
+        let state = self.state();
+        if self.init.has_ended() || !matches!(*state, State::Running) {
+            return Err(self.wrong_state(&state, "running"));
+        }
+        Ok(())
+    }
+
+    fn must_exist(&self) -> Result<()> {
+        if self.init.has_ended() {
+            return Err(self.wrong_state(&self.state(), "running"));
+        }
+        Ok(())
+    }
+
+    fn wrong_state(&self, state: &State, wanted: &'static str) -> Error {
+        let is = match state {
+            _ if self.init.has_ended() => "stopped",
+            State::Created(_) => "created",
+            State::Starting => "starting",
+            State::Running => "running",
+            State::Turning => "being paused or resumed",
+            State::Paused => "paused",
+        };
+        Error::WrongState {
+            id: self.id.clone(),
+            is,
+            wanted,
+        }
+    }
+
+    fn no_process(&self, exec_id: &str) -> Error {
+        Error::NoProcess {
+            id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+        }
+    }
+
+    async fn in_time(
+        &self,
+        what: &'static str,
+        work: impl Future<Output = Result<()>>,
+    ) -> Result<()> {
+        match tokio::time::timeout(PATIENCE, work).await {
+            Ok(result) => result,
+            Err(_) => Err(Error::TooSlow {
+                id: self.id.clone(),
+                what,
+                seconds: PATIENCE.as_secs(),
+            }),
+        }
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Exec>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        self.oom_watch.abort();
+    }
+}
+
+/// Waits until more OOM kills have happened than `seen`, and holds nothing of the container meanwhile.
+pub(crate) async fn beyond(mut kills: watch::Receiver<u64>, seen: u64, id: &str) -> Result<u64> {
+    let kills = kills.wait_for(|kills| *kills > seen).await;
+    kills
+        .map(|kills| *kills)
+        .map_err(|_| Error::Removed { id: id.to_owned() })
+}
+
+/// Ends the other processes of a container with its first one, where no PID namespace does.
+async fn end_with(init: Arc<Process>, cgroup: Cgroup) {
+    if crate::process::wait(init.watch()).await.is_ok()
+        && let Err(error) = cgroup.kill()
+    {
+        tracing::debug!(
+            error = crate::error::chain(&error),
+            "nothing was left to kill"
+        );
+    }
+}
+
+fn parse<T: serde::de::DeserializeOwned>(what: &'static str, json: &[u8]) -> Result<T> {
+    serde_json::from_slice(json).map_err(|source| Error::Malformed { what, source })
+}
+
+fn uses_share(spec: &Spec) -> bool {
+    let sources = spec
+        .mounts()
+        .iter()
+        .flatten()
+        .filter_map(|mount| mount.source().as_deref());
+    let root = spec.root().as_ref().map(|root| root.path().as_path());
+    sources
+        .chain(root)
+        .any(|path| path.starts_with(SHARE_MOUNT_POINT))
+}
+
+/// What exec must do itself: see [`Confinement`].
+fn confinement(spec: &Spec, process: &ProcessSpec) -> Option<Confinement> {
+    let seccomp = spec.linux().as_ref()?.seccomp().clone()?;
+    let late_capabilities = match process.no_new_privileges() {
+        Some(true) => None,
+        Some(false) | None => process.capabilities().clone(),
+    };
+    Some(Confinement {
+        seccomp,
+        late_capabilities,
+    })
+}
+
+/// Sets a parameter of the guest's network; `name` is separated by dots or slashes.
+fn set_sysctl(name: &str, value: &str) -> Result<()> {
+    // Without dots there is no `..`, so the path stays where it begins.
+    let path = PathBuf::from("/proc/sys").join(name.replace('.', "/"));
+    fs::write(&path, value).during(format!("setting {name} to {value}"))
+}

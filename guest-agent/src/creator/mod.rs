@@ -1,0 +1,171 @@
+//! The role of the agent's program in which it builds one container or process with libcontainer, or changes a
+//! container's limits, and ends. It has one thread, as libcontainer's forks require, and no runtime.
+//!
+//! Standard streams are the container's, so the log goes to the guest's console by a descriptor of its own.
+
+mod program;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result};
+use libcgroups::common::{CgroupConfig, CgroupManager, ControllerOpt};
+use libcontainer::capabilities::CapabilityExt;
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, LinuxResources, Process};
+use rustix::io::FdFlags;
+
+use crate::cgroup::Cgroup;
+use crate::launch::{Order, Report, Work};
+use program::Program;
+
+/// Follows the order in `argument`; tells the agent how it went.
+pub(crate) fn main(argument: &str) -> ExitCode {
+    let order: Order = match serde_json::from_str(argument) {
+        Ok(order) => order,
+        Err(error) => {
+            eprintln!("husk-agent: the order cannot be understood: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let reporter = Reporter::new(inherit(order.reports));
+    let gate = order.gate.map(inherit);
+    if let Ok(console) = OpenOptions::new().write(true).open(crate::logging::CONSOLE) {
+        crate::logging::start(&order.log_level, console);
+    }
+    match follow(order, &reporter, gate) {
+        Ok(pid) => {
+            reporter.tell(&Report::Done { pid });
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            reporter.tell(&Report::Failed {
+                message: crate::error::chain(error.as_ref()),
+            });
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Takes a descriptor that the agent has left open for this process, and for no program after it.
+fn inherit(descriptor: i32) -> OwnedFd {
+    // SAFETY: the agent names in the order only descriptors that it has made for this process; nothing else here
+    // knows their numbers.
+    let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
+    if let Err(error) = rustix::io::fcntl_setfd(&descriptor, FdFlags::CLOEXEC) {
+        eprintln!("husk-agent: a descriptor of the order is not open: {error}");
+    }
+    descriptor
+}
+
+/// Tells the agent what happens; the process of the container holds it too, until it executes its program.
+#[derive(Clone, Debug)]
+struct Reporter {
+    pipe: Arc<Mutex<File>>,
+}
+
+impl Reporter {
+    fn new(pipe: OwnedFd) -> Self {
+        Self {
+            pipe: Arc::new(Mutex::new(pipe.into())),
+        }
+    }
+
+    fn tell(&self, report: &Report) {
+        let mut line = serde_json::to_vec(report).unwrap_or_default();
+        line.push(b'\n');
+        let mut pipe = self.pipe.lock().unwrap_or_else(PoisonError::into_inner);
+        // One write: two processes share the pipe. An agent that has stopped listening needs no report.
+        let _unheard = pipe.write_all(&line);
+    }
+}
+
+fn follow(order: Order, reporter: &Reporter, gate: Option<OwnedFd>) -> Result<Option<i32>> {
+    let confinement = match &order.work {
+        Work::Exec { confinement, .. } => confinement.as_deref().cloned(),
+        Work::Create { .. } | Work::Update { .. } => None,
+    };
+    let late_capabilities = confinement
+        .as_ref()
+        .is_some_and(|confinement| confinement.late_capabilities.is_some());
+    let program = Program::new(reporter.clone(), gate, confinement);
+    let builder = ContainerBuilder::new(order.container_id.clone(), SyscallType::default())
+        .with_executor(program)
+        .with_root_path(&order.state_root)?
+        .with_console_socket(order.console);
+    match order.work {
+        Work::Create { bundle } => {
+            let container = builder.as_init(bundle).with_systemd(false).build()?;
+            Ok(container.pid().map(i32::from))
+        }
+        Work::Exec {
+            process,
+            sub_cgroup,
+            ..
+        } => {
+            if late_capabilities {
+                keep_capabilities(&process)?;
+            }
+            let pid = builder
+                .as_tenant()
+                .with_process(Some(process))
+                .with_sub_cgroup(sub_cgroup)
+                .with_detach(true)
+                .build()?;
+            Ok(Some(pid.into()))
+        }
+        Work::Update { resources } => {
+            update(&order.container_id, &resources)?;
+            Ok(None)
+        }
+    }
+}
+
+/// Gives the process every capability for the time until its filter is in place: installing one without the
+/// `no_new_privs` bit takes `CAP_SYS_ADMIN`, and giving the others up takes `CAP_SETPCAP`.
+fn keep_capabilities(process: &Path) -> Result<()> {
+    let text = fs::read(process).context("reading the process")?;
+    let mut spec: Process = serde_json::from_slice(&text).context("reading the process")?;
+    spec.set_capabilities(Some(all_capabilities()));
+    let text = serde_json::to_vec(&spec).context("writing the process")?;
+    fs::write(process, text).context("writing the process")
+}
+
+fn all_capabilities() -> LinuxCapabilities {
+    let all: Capabilities = caps::runtime::thread_all_supported()
+        .into_iter()
+        .map(Capability::from_cap)
+        .collect();
+    let mut capabilities = LinuxCapabilities::default();
+    capabilities
+        .set_bounding(Some(all.clone()))
+        .set_effective(Some(all.clone()))
+        .set_permitted(Some(all))
+        .set_inheritable(None)
+        .set_ambient(None);
+    capabilities
+}
+
+/// Writes new limits to the container's cgroup.
+fn update(container_id: &str, resources: &Path) -> Result<()> {
+    let text = fs::read(resources).context("reading the resources")?;
+    let resources: LinuxResources =
+        serde_json::from_slice(&text).context("reading the resources")?;
+    let cgroup = libcgroups::common::create_cgroup_manager(CgroupConfig {
+        cgroup_path: Cgroup::name(container_id).into(),
+        systemd_cgroup: false,
+        container_name: container_id.to_owned(),
+    })?;
+    cgroup.apply(&ControllerOpt {
+        resources: &resources,
+        disable_oom_killer: false,
+        oom_score_adj: None,
+        freezer_state: None,
+    })?;
+    Ok(())
+}

@@ -1,0 +1,250 @@
+//! The last steps of a container's process before it becomes the user's program: finding the program, waiting at the
+//! gate, confining itself, execve. libcontainer calls this inside the container's namespaces.
+//!
+//! libcontainer has an executor of its own, but that one insists on PATH, forgets the order of the environment, and
+//! cannot tell the agent whether the program was executed.
+
+use std::collections::HashMap;
+use std::env;
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use libcontainer::capabilities;
+use libcontainer::syscall::linux::LinuxSyscall;
+use libcontainer::workload::{
+    Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
+};
+use oci_spec::runtime::{Process, Spec};
+use rustix::fs::Access;
+
+use super::Reporter;
+use crate::launch::{Confinement, Report};
+
+/// What execvp(3) searches without a PATH.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// The user's program, and what to do before it runs.
+#[derive(Clone, Debug)]
+pub(super) struct Program {
+    reporter: Reporter,
+    gate: Option<Arc<OwnedFd>>,
+    confinement: Option<Confinement>,
+    /// Found by `validate`, used by `exec`: between them, the process gives up rights that finding it may need.
+    path: Arc<Mutex<PathBuf>>,
+}
+
+impl Program {
+    pub(super) fn new(
+        reporter: Reporter,
+        gate: Option<OwnedFd>,
+        confinement: Option<Confinement>,
+    ) -> Self {
+        Self {
+            reporter,
+            gate: gate.map(Arc::new),
+            confinement,
+            path: Arc::default(),
+        }
+    }
+
+    fn fail(&self, message: &str) {
+        self.reporter.tell(&Report::Failed {
+            message: message.to_owned(),
+        });
+    }
+
+    fn confine(&self) -> Result<(), String> {
+        let Some(confinement) = &self.confinement else {
+            return Ok(());
+        };
+        libcontainer::seccomp::initialize_seccomp(&confinement.seccomp)
+            .map_err(|error| format!("the seccomp filter: {}", crate::error::chain(&error)))?;
+        if let Some(capabilities) = &confinement.late_capabilities {
+            capabilities::drop_privileges(capabilities, &LinuxSyscall)
+                .map_err(|error| format!("the capabilities: {}", crate::error::chain(&error)))?;
+        }
+        Ok(())
+    }
+
+    fn execute(&self, process: &Process) -> Result<(), String> {
+        let path = self
+            .path
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let name = path.display().to_string();
+        let path = CString::new(path.as_os_str().as_bytes());
+        let strings = |strings: &Option<Vec<String>>| -> Result<Vec<CString>, _> {
+            strings
+                .iter()
+                .flatten()
+                .map(|text| CString::new(text.as_str()))
+                .collect()
+        };
+        let (Ok(path), Ok(args), Ok(env)) = (path, strings(process.args()), strings(process.env()))
+        else {
+            return Err(format!(
+                "exec {name}: an argument or variable contains a NUL"
+            ));
+        };
+        self.reporter.tell(&Report::Executing);
+        let Err(error) = nix::unistd::execve(&path, &args, &env);
+        Err(format!("exec {name}: {}", describe(error)))
+    }
+}
+
+impl Executor for Program {
+    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        let process = spec.process().as_ref();
+        let name = process.and_then(|process| process.args().as_ref()?.first());
+        let found = match (process, name) {
+            (Some(process), Some(name)) => find(name, &search_path(process)),
+            _ => Err("the process has no program: args is empty".to_owned()),
+        };
+        match found {
+            Ok(path) => *self.path.lock().unwrap_or_else(PoisonError::into_inner) = path,
+            Err(message) => {
+                self.fail(&message);
+                return Err(ExecutorValidationError::ArgValidationError(message));
+            }
+        }
+        if let Some(gate) = &self.gate {
+            // Nothing is sent: the agent closes its end.
+            let _closed = gate.try_clone().map(|gate| File::from(gate).read(&mut [0]));
+        }
+        Ok(())
+    }
+
+    fn setup_envs(&self, _envs: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        // `exec` passes the environment as the specification orders it.
+        Ok(())
+    }
+
+    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        let Some(process) = spec.process() else {
+            return Err(ExecutorError::InvalidArg);
+        };
+        let Err(message) = self.confine().and_then(|()| self.execute(process)) else {
+            return Ok(());
+        };
+        self.fail(&message);
+        Err(ExecutorError::Other(message))
+    }
+}
+
+fn search_path(process: &Process) -> String {
+    process
+        .env()
+        .iter()
+        .flatten()
+        .find_map(|entry| entry.strip_prefix("PATH="))
+        .unwrap_or(DEFAULT_PATH)
+        .to_owned()
+}
+
+/// Finds a program as a shell would. Errors are in runc's words, which people search for.
+fn find(name: &str, search_path: &str) -> Result<PathBuf, String> {
+    if name.contains('/') {
+        return match check(Path::new(name)) {
+            Ok(()) => Ok(name.into()),
+            Err(error) => Err(format!(
+                "exec: \"{name}\": stat {name}: {}",
+                describe(error)
+            )),
+        };
+    }
+    let mut refused = None;
+    for folder in env::split_paths(search_path) {
+        let folder = if folder.as_os_str().is_empty() {
+            PathBuf::from(".")
+        } else {
+            folder
+        };
+        let path = folder.join(name);
+        match check(&path) {
+            Ok(()) => return Ok(path),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                refused.get_or_insert(error);
+            }
+            Err(_) => {}
+        }
+    }
+    Err(match refused {
+        Some(error) => format!("exec: \"{name}\": {}", describe(error)),
+        None => format!("exec: \"{name}\": executable file not found in $PATH"),
+    })
+}
+
+/// Whether this process, as the user that it is by now, may execute a file.
+fn check(path: &Path) -> io::Result<()> {
+    if fs::metadata(path)?.is_dir() {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    rustix::fs::accessat(
+        rustix::fs::CWD,
+        path,
+        Access::EXEC_OK,
+        rustix::fs::AtFlags::EACCESS,
+    )?;
+    Ok(())
+}
+
+/// The system's text without Rust's error number, in lower case as Go has it.
+fn describe(error: impl Into<io::Error>) -> String {
+    let error = error.into();
+    match error.raw_os_error() {
+        Some(number) => nix::errno::Errno::from_raw(number).desc().to_lowercase(),
+        None => error.kind().to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn folder() -> (tempfile::TempDir, String) {
+        let folder = tempfile::tempdir().expect("a folder");
+        for (name, mode) in [("runs", 0o755), ("text", 0o644)] {
+            let path = folder.path().join(name);
+            fs::write(&path, "").expect("a file");
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("ours");
+        }
+        fs::create_dir(folder.path().join("dir")).expect("a folder");
+        let path = folder.path().display().to_string();
+        (folder, path)
+    }
+
+    #[test]
+    fn program_is_found_in_path() {
+        let (folder, path) = folder();
+        let found = find("runs", &format!("/nowhere:{path}")).expect("it is there");
+        assert_eq!(found, folder.path().join("runs"));
+    }
+
+    #[test]
+    fn missing_program_is_named_as_runc_does() {
+        let error = find("xyz", "/nowhere").expect_err("it is not there");
+        assert_eq!(error, "exec: \"xyz\": executable file not found in $PATH");
+        let error = find("/no/xyz", "").expect_err("it is not there");
+        assert_eq!(
+            error,
+            "exec: \"/no/xyz\": stat /no/xyz: no such file or directory"
+        );
+    }
+
+    #[test]
+    fn file_that_may_not_be_executed_is_refused() {
+        let (_folder, path) = folder();
+        for name in ["text", "dir"] {
+            let error = find(name, &path).expect_err("it does not run");
+            assert_eq!(error, format!("exec: \"{name}\": permission denied"));
+        }
+    }
+}

@@ -1,0 +1,358 @@
+//! From the specification that the shim sends to the one that libcontainer runs: what the guest knows better than the
+//! host is put in, what the guest does not have is taken out, and what libcontainer would do differently from runc is
+//! spelled out.
+
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use nix::sys::resource::{Resource, getrlimit};
+use oci_spec::runtime::{
+    Hooks, Linux, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxSeccomp, PosixRlimitBuilder,
+    PosixRlimitType, Process, Spec,
+};
+use pathrs::Root;
+use pathrs::flags::OpenFlags;
+
+use crate::cgroup::Cgroup;
+use crate::devices::{self, Node};
+use crate::error::{Error, Result};
+
+/// A specification that is ready for libcontainer, and what the agent keeps of it.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) spec: Spec,
+    /// Parameters of the network: the guest's, because the guest is the pod's network namespace.
+    pub(crate) network_sysctls: Vec<(String, String)>,
+}
+
+/// Prepares the specification of a container. Devices are looked up with `lookup`.
+pub(crate) fn prepare(
+    mut spec: Spec,
+    container_id: &str,
+    terminal: bool,
+    lookup: impl Fn(&Path) -> Option<Node>,
+) -> Result<Prepared> {
+    let root = spec
+        .root()
+        .as_ref()
+        .map(|root| root.path().clone())
+        .ok_or_else(|| missing("root"))?;
+    let process = spec
+        .process_mut()
+        .as_mut()
+        .ok_or_else(|| missing("process"))?;
+    prepare_process(process, terminal, &root, None);
+    limit_locked_memory(process);
+    make_working_directory(process, &root);
+    spec.set_hooks(spec.hooks().as_ref().and_then(guest_hooks));
+
+    let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux"))?;
+    devices::adapt(linux, lookup)?;
+    set_namespaces(linux)?;
+    linux.set_cgroups_path(Some(Cgroup::name(container_id).into()));
+    if linux.seccomp().as_ref().is_some_and(has_listener) {
+        return Err(Error::Invalid(
+            "a seccomp listener is on the host, where a guest cannot send descriptors".to_owned(),
+        ));
+    }
+    let network_sysctls = take_network_sysctls(linux);
+    Ok(Prepared {
+        spec,
+        network_sysctls,
+    })
+}
+
+/// Prepares a process: the first one, or one of exec, for which `container` is the first process' specification.
+/// `root` is where the container's `/etc/passwd` is found.
+pub(crate) fn prepare_process(
+    process: &mut Process,
+    terminal: bool,
+    root: &Path,
+    container: Option<&Process>,
+) {
+    process.set_terminal(Some(terminal));
+    // libcontainer takes a false for a true when it orders seccomp and capabilities.
+    process.set_no_new_privileges(process.no_new_privileges().filter(|set| *set));
+    // The guest kernel has neither; containerd names profiles of the host's.
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
+    // Nothing may inherit the agent's own protection.
+    let inherited = container.and_then(Process::oom_score_adj);
+    process.set_oom_score_adj(process.oom_score_adj().or(inherited).or(Some(0)));
+    set_home(process, root);
+}
+
+/// HOME as runc sets it. libcontainer would ask glibc, whose name service of a static program loads libraries from the
+/// container.
+fn set_home(process: &mut Process, root: &Path) {
+    let uid = process.user().uid();
+    let env = process.env_mut().get_or_insert_default();
+    if env.iter().any(|entry| {
+        entry
+            .strip_prefix("HOME=")
+            .is_some_and(|home| !home.is_empty())
+    }) {
+        return;
+    }
+    let mut passwd = String::new();
+    // No such file, or not a text: nobody has a home, as with runc.
+    let _unreadable = Root::open(root)
+        .and_then(|root| root.open_subpath("/etc/passwd", OpenFlags::O_RDONLY))
+        .map(|mut file| file.read_to_string(&mut passwd));
+    env.retain(|entry| !entry.starts_with("HOME="));
+    env.push(format!("HOME={}", home_of(&passwd, uid)));
+}
+
+fn home_of(passwd: &str, uid: u32) -> &str {
+    passwd
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|fields| fields.get(2).and_then(|field| field.parse().ok()) == Some(uid))
+        .and_then(|fields| fields.get(5).copied())
+        .filter(|home| !home.is_empty())
+        .unwrap_or("/")
+}
+
+/// libcgroups raises the limit of locked memory to load a BPF program, and the container would inherit that.
+fn limit_locked_memory(process: &mut Process) {
+    let mut rlimits = process.rlimits().clone().unwrap_or_default();
+    if rlimits
+        .iter()
+        .any(|limit| limit.typ() == PosixRlimitType::RlimitMemlock)
+    {
+        return;
+    }
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_MEMLOCK)
+        && let Ok(limit) = PosixRlimitBuilder::default()
+            .typ(PosixRlimitType::RlimitMemlock)
+            .soft(soft)
+            .hard(hard)
+            .build()
+    {
+        rlimits.push(limit);
+        process.set_rlimits(Some(rlimits));
+    }
+}
+
+/// runc makes the first process' working directory if the image lacks it.
+fn make_working_directory(process: &Process, root: &Path) {
+    let made = Root::open(root)
+        .and_then(|root| root.mkdir_all(process.cwd(), &std::fs::Permissions::from_mode(0o755)));
+    if let Err(error) = made {
+        // It may be in a mount, or the root may be read-only: what matters is whether the process can enter it.
+        tracing::debug!(%error, "the working directory was not made");
+    }
+}
+
+/// The hooks that run in the container's namespaces; the shim has run, or will run, the others on the host.
+fn guest_hooks(hooks: &Hooks) -> Option<Hooks> {
+    let mut kept = Hooks::default();
+    kept.set_create_container(hooks.create_container().clone());
+    kept.set_start_container(hooks.start_container().clone());
+    (kept != Hooks::default()).then_some(kept)
+}
+
+fn set_namespaces(linux: &mut Linux) -> Result<()> {
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    if namespaces
+        .iter()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::User)
+    {
+        return Err(Error::Invalid(
+            "user namespaces are not supported: the container has the guest's".to_owned(),
+        ));
+    }
+    // The guest is the network namespace.
+    namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+    // A host with cgroup v1 asks for none, and its containers would see all of the guest's.
+    if !namespaces
+        .iter()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Cgroup)
+        && let Ok(cgroup) = LinuxNamespaceBuilder::default()
+            .typ(LinuxNamespaceType::Cgroup)
+            .build()
+    {
+        namespaces.push(cgroup);
+    }
+    linux.set_namespaces(Some(namespaces));
+    Ok(())
+}
+
+/// Whether the first process is the init of a PID namespace of its own, and so takes all others with it when it ends.
+pub(crate) fn has_pid_namespace(spec: &Spec) -> bool {
+    spec.linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref())
+        .is_some_and(|namespaces| {
+            namespaces.iter().any(|namespace| {
+                namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none()
+            })
+        })
+}
+
+fn has_listener(seccomp: &LinuxSeccomp) -> bool {
+    seccomp.listener_path().is_some()
+}
+
+fn take_network_sysctls(linux: &mut Linux) -> Vec<(String, String)> {
+    let Some(sysctls) = linux.sysctl().clone() else {
+        return Vec::new();
+    };
+    let (network, others) = sysctls
+        .into_iter()
+        .partition(|(name, _)| name.starts_with("net.") || name.starts_with("net/"));
+    linux.set_sysctl(Some(others));
+    std::collections::HashMap::into_iter(network).collect()
+}
+
+fn missing(what: &str) -> Error {
+    Error::Invalid(format!("the specification has no `{what}`"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(root: &Path, changes: &Value) -> Spec {
+        let mut spec = json!({
+            "ociVersion": "1.0.2",
+            "root": { "path": root },
+            "process": {
+                "user": { "uid": 1000, "gid": 1000 },
+                "args": ["sh"],
+                "env": ["PATH=/bin"],
+                "cwd": "/work/here",
+            },
+            "linux": { "namespaces": [{ "type": "pid" }, { "type": "network" }, { "type": "mount" }] },
+        });
+        merge(&mut spec, changes);
+        serde_json::from_value(spec).expect("a fair specification")
+    }
+
+    fn merge(into: &mut Value, changes: &Value) {
+        match (into, changes) {
+            (Value::Object(into), Value::Object(changes)) => {
+                for (key, change) in changes {
+                    merge(into.entry(key).or_insert(Value::Null), change);
+                }
+            }
+            (into, change) => *into = change.clone(),
+        }
+    }
+
+    fn rootfs() -> tempfile::TempDir {
+        let root = tempfile::tempdir().expect("a folder");
+        std::fs::create_dir(root.path().join("etc")).expect("a folder");
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nme:x:1000:1000::/home/me:/bin/sh\n";
+        std::fs::write(root.path().join("etc/passwd"), passwd).expect("a file");
+        root
+    }
+
+    fn prepared(changes: &Value) -> Result<Prepared> {
+        let root = rootfs();
+        prepare(spec(root.path(), changes), "c1", false, |_| None)
+    }
+
+    fn process(prepared: &Prepared) -> &Process {
+        prepared.spec.process().as_ref().expect("it has one")
+    }
+
+    #[test]
+    fn the_guest_is_the_network_namespace() {
+        let prepared = prepared(&json!({})).expect("a fair specification");
+        let linux = prepared.spec.linux().as_ref().expect("it has one");
+        let types: Vec<_> = linux
+            .namespaces()
+            .iter()
+            .flatten()
+            .map(oci_spec::runtime::LinuxNamespace::typ)
+            .collect();
+        assert_eq!(
+            types,
+            [
+                LinuxNamespaceType::Pid,
+                LinuxNamespaceType::Mount,
+                LinuxNamespaceType::Cgroup
+            ]
+        );
+        assert!(has_pid_namespace(&prepared.spec));
+    }
+
+    #[test]
+    fn sysctls_of_the_network_are_the_guests() {
+        let sysctls =
+            json!({ "linux": { "sysctl": { "net.core.somaxconn": "9", "kernel.msgmax": "1" } } });
+        let prepared = prepared(&sysctls).expect("a fair specification");
+        assert_eq!(
+            prepared.network_sysctls,
+            [("net.core.somaxconn".to_owned(), "9".to_owned())]
+        );
+        let linux = prepared.spec.linux().as_ref().expect("it has one");
+        assert_eq!(linux.sysctl().as_ref().map(|left| left.len()), Some(1));
+    }
+
+    #[test]
+    fn home_is_looked_up_in_the_container() {
+        let prepared = prepared(&json!({})).expect("a fair specification");
+        let env = process(&prepared).env().as_ref().expect("it has some");
+        assert!(env.contains(&"HOME=/home/me".to_owned()));
+    }
+
+    #[test]
+    fn home_that_is_given_stays() {
+        let given = json!({ "process": { "env": ["HOME=/given"] } });
+        let prepared = prepared(&given).expect("a fair specification");
+        assert_eq!(
+            process(&prepared).env().as_deref(),
+            Some(&["HOME=/given".to_owned()][..])
+        );
+    }
+
+    #[test]
+    fn unknown_user_lives_in_the_root() {
+        assert_eq!(home_of("root:x:0:0:root:/root:/bin/sh\nbroken\n", 7), "/");
+    }
+
+    #[test]
+    fn working_directory_is_made() {
+        let root = rootfs();
+        prepare(spec(root.path(), &json!({})), "c1", false, |_| None)
+            .expect("a fair specification");
+        assert!(root.path().join("work/here").is_dir());
+    }
+
+    #[test]
+    fn no_new_privileges_that_is_false_is_as_good_as_absent() {
+        let changes = json!({ "process": { "noNewPrivileges": false, "apparmorProfile": "cri" } });
+        let prepared = prepared(&changes).expect("a fair specification");
+        assert_eq!(process(&prepared).no_new_privileges(), None);
+        assert_eq!(process(&prepared).apparmor_profile(), &None);
+        assert_eq!(process(&prepared).oom_score_adj(), Some(0));
+    }
+
+    #[test]
+    fn hooks_of_the_host_are_left_to_the_host() {
+        let hook = json!([{ "path": "/hook" }]);
+        let changes = json!({ "hooks": { "createRuntime": hook, "startContainer": hook } });
+        let prepared = prepared(&changes).expect("a fair specification");
+        let hooks = prepared.spec.hooks().as_ref().expect("one is the guest's");
+        assert!(hooks.create_runtime().is_none());
+        assert!(hooks.start_container().is_some());
+    }
+
+    #[test]
+    fn user_namespace_is_refused() {
+        let changes = json!({ "linux": { "namespaces": [{ "type": "user" }] } });
+        assert!(matches!(prepared(&changes), Err(Error::Invalid(_))));
+    }
+
+    #[test]
+    fn specification_without_root_is_refused() {
+        let changes = json!({ "root": null });
+        let error = prepared(&changes).expect_err("it has no root");
+        assert_eq!(error.to_string(), "the specification has no `root`");
+    }
+}
