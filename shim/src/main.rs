@@ -1,3 +1,48 @@
-//! containerd shim v2 for Husk.
+//! `containerd-shim-husk-v2`: the containerd shim that runs each pod in a virtual machine, and, in another role, the
+//! worker process of that machine.
 
-fn main() {}
+mod agent;
+mod console;
+mod container;
+mod error;
+mod events;
+mod hooks;
+mod options;
+mod process;
+mod sandbox;
+mod service;
+mod spec;
+mod start;
+mod stats;
+mod storage;
+mod streams;
+mod task;
+mod vm;
+mod vmm;
+
+use std::error::Error;
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    match start::main(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(err) => {
+            eprintln!("{}: {}", env!("CARGO_BIN_NAME"), chain(&err));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// An error and its causes in one line.
+fn chain(err: &dyn Error) -> String {
+    let mut text = err.to_string();
+    let mut cause = err.source();
+    while let Some(err) = cause {
+        text.push_str(": ");
+        text.push_str(&err.to_string());
+        cause = err.source();
+    }
+    text
+}

@@ -1,0 +1,263 @@
+//! One container: its processes, its state, and what it holds on the host.
+//!
+//! The state is that of its first process, with pausing laid over it:
+//!
+//! ```text
+//! created ──► running ◄──► paused        any ──exit──► stopped
+//! ```
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::agent::Target;
+use crate::error::Error;
+use crate::hooks::HookState;
+use crate::process::{Process, ProcessState};
+use crate::spec::HostHooks;
+use crate::storage::ContainerStorage;
+use crate::vm::Vm;
+
+/// Pausing, as far as it has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pause {
+    Off,
+    Pausing,
+    Paused,
+    Resuming,
+}
+
+/// What `State` reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Status {
+    Created,
+    Running,
+    Pausing,
+    Paused,
+    Stopped,
+}
+
+impl Status {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Pausing | Self::Paused => "paused",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// What makes a container; see [`Container`] for the meaning.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) id: String,
+    pub(crate) bundle: PathBuf,
+    pub(crate) oci_version: String,
+    pub(crate) own_pid_namespace: bool,
+    pub(crate) hooks: HostHooks,
+    pub(crate) init: Process,
+    pub(crate) vm: Arc<Vm>,
+    pub(crate) storage: ContainerStorage,
+}
+
+#[derive(Debug)]
+pub(crate) struct Container {
+    id: String,
+    bundle: PathBuf,
+    oci_version: String,
+    /// Whether the kernel kills every process of the container with the first one.
+    own_pid_namespace: bool,
+    hooks: HostHooks,
+    init: Arc<Process>,
+    execs: Mutex<HashMap<String, Arc<Exec>>>,
+    pause: Mutex<Pause>,
+    vm: Arc<Vm>,
+    storage: Mutex<Option<ContainerStorage>>,
+    deleting: AtomicBool,
+}
+
+/// A process of `Exec`.
+#[derive(Debug)]
+pub(crate) struct Exec {
+    pub(crate) process: Arc<Process>,
+    /// OCI process, JSON.
+    pub(crate) spec: Vec<u8>,
+}
+
+impl Container {
+    pub(crate) fn new(parts: Parts) -> Self {
+        Self {
+            id: parts.id,
+            bundle: parts.bundle,
+            oci_version: parts.oci_version,
+            own_pid_namespace: parts.own_pid_namespace,
+            hooks: parts.hooks,
+            init: Arc::new(parts.init),
+            execs: Mutex::new(HashMap::new()),
+            pause: Mutex::new(Pause::Off),
+            vm: parts.vm,
+            storage: Mutex::new(Some(parts.storage)),
+            deleting: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(crate) fn bundle(&self) -> &std::path::Path {
+        &self.bundle
+    }
+
+    pub(crate) fn own_pid_namespace(&self) -> bool {
+        self.own_pid_namespace
+    }
+
+    pub(crate) fn hooks(&self) -> &HostHooks {
+        &self.hooks
+    }
+
+    pub(crate) fn hook_state(&self) -> HookState<'_> {
+        HookState {
+            oci_version: &self.oci_version,
+            id: &self.id,
+            pid: self.vm.pid(),
+            bundle: &self.bundle,
+        }
+    }
+
+    pub(crate) fn init(&self) -> &Arc<Process> {
+        &self.init
+    }
+
+    pub(crate) fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// Names a process of the container to the agent.
+    pub(crate) fn target(&self, process: &Process) -> Target {
+        Target {
+            id: self.id.clone(),
+            exec_id: process.exec_id().to_owned(),
+        }
+    }
+
+    /// The process that `exec_id` names; the first one if it is empty.
+    pub(crate) fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        self.exec(exec_id).map(|exec| exec.process.clone())
+    }
+
+    pub(crate) fn exec(&self, exec_id: &str) -> Result<Arc<Exec>, Error> {
+        lock(&self.execs)
+            .get(exec_id)
+            .cloned()
+            .ok_or_else(|| Error::ProcessNotFound {
+                id: self.id.clone(),
+                exec_id: exec_id.to_owned(),
+            })
+    }
+
+    pub(crate) fn execs(&self) -> Vec<Arc<Exec>> {
+        lock(&self.execs).values().cloned().collect()
+    }
+
+    /// Adds a process that is to be started later.
+    pub(crate) fn add_exec(&self, exec: Exec) -> Result<(), Error> {
+        match self.status() {
+            Status::Created | Status::Running => {}
+            status @ (Status::Pausing | Status::Paused | Status::Stopped) => {
+                return Err(Error::ExecInState {
+                    state: status.name(),
+                });
+            }
+        }
+        let mut execs = lock(&self.execs);
+        let exec_id = exec.process.exec_id().to_owned();
+        if execs.contains_key(&exec_id) {
+            return Err(Error::ProcessExists { exec_id });
+        }
+        execs.insert(exec_id, Arc::new(exec));
+        Ok(())
+    }
+
+    pub(crate) fn remove_exec(&self, exec_id: &str) {
+        lock(&self.execs).remove(exec_id);
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        self.status_of(&self.init)
+    }
+
+    /// The status of one process: paused if the container is.
+    pub(crate) fn status_of(&self, process: &Process) -> Status {
+        match process.state() {
+            ProcessState::Stopped(_) => Status::Stopped,
+            ProcessState::Created | ProcessState::Starting => Status::Created,
+            ProcessState::Running => match *lock(&self.pause) {
+                Pause::Off | Pause::Resuming => Status::Running,
+                Pause::Pausing => Status::Pausing,
+                Pause::Paused => Status::Paused,
+            },
+        }
+    }
+
+    /// Claims the right to pause; to be followed by [`Container::end_pause`].
+    pub(crate) fn begin_pause(&self) -> Result<(), Error> {
+        let mut pause = lock(&self.pause);
+        match self.init.state() {
+            ProcessState::Running if *pause == Pause::Off => {
+                *pause = Pause::Pausing;
+                Ok(())
+            }
+            ProcessState::Running => Err(wrong_state("pause", "paused")),
+            state => Err(wrong_state("pause", state.name())),
+        }
+    }
+
+    pub(crate) fn end_pause(&self, paused: bool) {
+        *lock(&self.pause) = if paused { Pause::Paused } else { Pause::Off };
+    }
+
+    /// Claims the right to resume; to be followed by [`Container::end_pause`].
+    pub(crate) fn begin_resume(&self) -> Result<(), Error> {
+        let mut pause = lock(&self.pause);
+        match self.init.state() {
+            ProcessState::Running if *pause == Pause::Paused => {
+                *pause = Pause::Resuming;
+                Ok(())
+            }
+            state => Err(wrong_state("resume", state.name())),
+        }
+    }
+
+    /// Claims the right to delete; false if somebody else has it. A delete that fails gives it back with
+    /// [`Container::give_up_delete`].
+    pub(crate) fn begin_delete(&self) -> bool {
+        !self.deleting.swap(true, Ordering::AcqRel)
+    }
+
+    pub(crate) fn give_up_delete(&self) {
+        self.deleting.store(false, Ordering::Release);
+    }
+
+    pub(crate) fn take_storage(&self) -> Option<ContainerStorage> {
+        lock(&self.storage).take()
+    }
+}
+
+fn wrong_state(verb: &'static str, state: &'static str) -> Error {
+    Error::WrongState {
+        verb,
+        state,
+        subject: "container",
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

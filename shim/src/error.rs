@@ -1,0 +1,238 @@
+//! What can go wrong in the shim, and what containerd is told about it.
+//!
+//! Codes are those that runc's shim answers in the same situation, because containerd and its clients were written
+//! against them. A wrong state, a mount or a runtime that fails are `Unknown` there, and therefore here.
+
+use std::error::Error as _;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use containerd_shim::protos::ttrpc::{self, Code, error::get_rpc_status};
+use husk_config::ConfigError;
+
+/// An error of the task service.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("container {id} does not exist")]
+    ContainerNotFound { id: String },
+    #[error("process {exec_id} does not exist in container {id}")]
+    ProcessNotFound { id: String, exec_id: String },
+    #[error("process already finished")]
+    ProcessFinished,
+    #[error("container {id} already exists")]
+    ContainerExists { id: String },
+    #[error("id {exec_id} already exists")]
+    ProcessExists { exec_id: String },
+    #[error("container {id} init process is not running")]
+    InitNotRunning { id: String },
+    #[error("process not created")]
+    ProcessNotStarted,
+    #[error("cannot {verb} a {state} {subject}")]
+    WrongState {
+        verb: &'static str,
+        state: &'static str,
+        subject: &'static str,
+    },
+    #[error("cannot exec in a {state} state")]
+    ExecInState { state: &'static str },
+    #[error("{0} is not an id: it must not be empty, nor contain a slash, nor be a dot or two")]
+    InvalidId(String),
+    #[error("cannot understand the {what} of the request")]
+    InvalidRequest {
+        what: &'static str,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error("{0} is no type of runtime options that this runtime knows")]
+    UnknownOptions(String),
+    #[error("the configuration is not usable")]
+    Config(#[source] ConfigError),
+    #[error("cannot read the OCI configuration {}", path.display())]
+    ReadSpec {
+        path: PathBuf,
+        #[source]
+        source: oci_spec::OciSpecError,
+    },
+    #[error("the OCI configuration {0}")]
+    UnsupportedSpec(String),
+    #[error("cannot {operation} {}", path.display())]
+    Storage {
+        operation: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("failed to mount rootfs component {component}")]
+    MountRootfs {
+        component: usize,
+        #[source]
+        source: Box<containerd_shim::Error>,
+    },
+    #[error("cannot bind {} of the host to {destination} in the container", source_path.display())]
+    Bind {
+        source_path: PathBuf,
+        destination: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("unknown scheme {scheme} of standard stream {uri}")]
+    UnknownScheme { scheme: String, uri: String },
+    #[error("cannot open standard stream {uri}")]
+    OpenStream {
+        uri: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot run the logging binary {}", path.display())]
+    Logger {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{hook} hook {} failed", path.display())]
+    Hook {
+        hook: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot open the guest's {what} {}", path.display())]
+    GuestFile {
+        what: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot start the VM's worker process")]
+    SpawnWorker(#[source] io::Error),
+    #[error("cannot speak with the VM's worker process")]
+    WorkerSocket(#[source] io::Error),
+    #[error("the VM's worker process answered {answer} to {question}")]
+    WorkerProtocol {
+        question: &'static str,
+        answer: String,
+    },
+    #[error("the VM cannot be started: {0}")]
+    BootRefused(String),
+    #[error("the guest did not come up within {} s{console}", limit.as_secs())]
+    BootTimeout { limit: Duration, console: String },
+    #[error("cannot connect to port {port} of the guest: {message}")]
+    Connect { port: u32, message: String },
+    #[error("the VM has ended: {0}")]
+    VmEnded(String),
+    #[error("{verb}: {message}")]
+    Agent {
+        verb: &'static str,
+        code: Code,
+        message: String,
+    },
+    #[error("the guest's agent did not answer {verb} within {} s", limit.as_secs())]
+    AgentTimeout { verb: &'static str, limit: Duration },
+    #[error("the connection to the guest's agent failed during {verb}")]
+    AgentGone {
+        verb: &'static str,
+        #[source]
+        source: ttrpc::Error,
+    },
+    #[error("{0} is not implemented")]
+    Unimplemented(&'static str),
+}
+
+impl Error {
+    /// The error and its causes in one line.
+    pub(crate) fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = self.source();
+        while let Some(err) = cause {
+            text.push_str(": ");
+            text.push_str(&err.to_string());
+            cause = err.source();
+        }
+        text
+    }
+
+    fn code(&self) -> Code {
+        match self {
+            Self::ContainerNotFound { .. }
+            | Self::ProcessNotFound { .. }
+            | Self::ProcessFinished => Code::NOT_FOUND,
+            Self::ContainerExists { .. } | Self::ProcessExists { .. } => Code::ALREADY_EXISTS,
+            Self::InitNotRunning { .. } | Self::ProcessNotStarted => Code::FAILED_PRECONDITION,
+            Self::InvalidId(_)
+            | Self::InvalidRequest { .. }
+            | Self::UnknownOptions(_)
+            | Self::Config(_)
+            | Self::ReadSpec { .. }
+            | Self::UnsupportedSpec(_)
+            | Self::UnknownScheme { .. } => Code::INVALID_ARGUMENT,
+            Self::WrongState { .. }
+            | Self::ExecInState { .. }
+            | Self::Storage { .. }
+            | Self::MountRootfs { .. }
+            | Self::Bind { .. }
+            | Self::OpenStream { .. }
+            | Self::Logger { .. }
+            | Self::Hook { .. }
+            | Self::GuestFile { .. }
+            | Self::SpawnWorker(_)
+            | Self::WorkerSocket(_)
+            | Self::WorkerProtocol { .. }
+            | Self::BootRefused(_)
+            | Self::Connect { .. } => Code::UNKNOWN,
+            Self::BootTimeout { .. } | Self::AgentTimeout { .. } => Code::DEADLINE_EXCEEDED,
+            Self::VmEnded(_) | Self::AgentGone { .. } => Code::UNAVAILABLE,
+            Self::Agent { code, .. } => *code,
+            Self::Unimplemented(_) => Code::UNIMPLEMENTED,
+        }
+    }
+}
+
+impl From<Error> for ttrpc::Error {
+    fn from(err: Error) -> Self {
+        get_rpc_status(err.code(), err.chain())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(err: Error) -> (Code, String) {
+        match ttrpc::Error::from(err) {
+            ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
+            other => panic!("not a status: {other}"),
+        }
+    }
+
+    #[test]
+    fn unknown_container_is_not_found() {
+        let (code, message) = status(Error::ContainerNotFound { id: "x".into() });
+        assert_eq!(code, Code::NOT_FOUND);
+        assert_eq!(message, "container x does not exist");
+    }
+
+    #[test]
+    fn message_carries_every_cause_once() {
+        let (code, message) = status(Error::Bind {
+            source_path: "/absent".into(),
+            destination: "/data".into(),
+            source: io::Error::from_raw_os_error(2),
+        });
+        assert_eq!(code, Code::UNKNOWN);
+        assert_eq!(
+            message,
+            "cannot bind /absent of the host to /data in the container: No such file or directory (os error 2)"
+        );
+    }
+
+    #[test]
+    fn status_of_the_agent_passes_through() {
+        let (code, _) = status(Error::Agent {
+            verb: "ExecProcess",
+            code: Code::FAILED_PRECONDITION,
+            message: "not running".into(),
+        });
+        assert_eq!(code, Code::FAILED_PRECONDITION);
+    }
+}

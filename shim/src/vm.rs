@@ -1,0 +1,427 @@
+//! One virtual machine: its worker process, its console, its agent, and how it ends.
+//!
+//! ```text
+//! boot ──► worker spawned ──Boot──► vCPUs run ──Event::Ready──► agent connected (a `Vm` exists) ──► ended
+//!              └──────────────────────────┴────────────── any failure: the worker is killed ───────────┘
+//! ```
+//!
+//! A task of its own watches the worker to its end, whoever else is gone, and announces the end with a reason in
+//! [`End`].
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use husk_protocol::{AGENT_PORT, GUEST_CID, READY_PORT, SHARE_TAG};
+use husk_vmm::config::{ShareConfig, VmConfig};
+use husk_vmm::control::{Event, ExitReason};
+use log::{info, warn};
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::process::Child;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use crate::agent::Agent;
+use crate::console::{LastLines, follow};
+use crate::error::Error;
+use crate::spec::VmSize;
+use crate::vmm::{self, Worker};
+
+/// How long the console may take to end once its only writer is dead.
+const CONSOLE_END_LIMIT: Duration = Duration::from_secs(1);
+
+/// The end of a VM, to be awaited by any number of tasks.
+#[derive(Debug, Clone)]
+pub(crate) struct End(watch::Receiver<Option<Arc<str>>>);
+
+impl End {
+    /// An end that is announced through the sender.
+    pub(crate) fn channel() -> (watch::Sender<Option<Arc<str>>>, Self) {
+        let (sender, receiver) = watch::channel(None);
+        (sender, Self(receiver))
+    }
+
+    /// The reason, if the VM has ended.
+    pub(crate) fn reason(&self) -> Option<Arc<str>> {
+        self.0.borrow().clone()
+    }
+
+    /// Waits for the VM's end; returns the reason.
+    pub(crate) async fn wait(&self) -> Arc<str> {
+        let mut receiver = self.0.clone();
+        let reason = receiver.wait_for(Option::is_some).await;
+        match reason {
+            Ok(reason) => reason.clone().expect("waited for Some"),
+            Err(_) => Arc::from("nobody watches it any more"),
+        }
+    }
+}
+
+/// A VM that runs, or ran; see [`Vm::end`].
+#[derive(Debug)]
+pub(crate) struct Vm {
+    worker: Worker,
+    pid: u32,
+    agent: Agent,
+    end: End,
+    stopped: Arc<AtomicBool>,
+    phases: Phases,
+}
+
+/// Where the time of a boot went.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Phases {
+    worker_spawn: Duration,
+    vm_boot: Duration,
+    ready: Duration,
+    connect: Duration,
+}
+
+impl std::fmt::Display for Phases {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            formatter,
+            "worker_spawn={}ms vm_boot={}ms ready={}ms connect={}ms",
+            self.worker_spawn.as_millis(),
+            self.vm_boot.as_millis(),
+            self.ready.as_millis(),
+            self.connect.as_millis()
+        )
+    }
+}
+
+impl Vm {
+    /// Boots a VM that sees the folder `share`, and connects to its agent.
+    ///
+    /// Has to be called on the main thread, see [`vmm::spawn`]. On failure nothing is left.
+    pub(crate) async fn boot(
+        config: &husk_config::Vm,
+        size: VmSize,
+        share: &Path,
+    ) -> Result<Self, Error> {
+        let kernel = open_guest_file("kernel", config.kernel())?;
+        let initramfs = open_guest_file("initramfs", config.initramfs())?;
+
+        let begin = Instant::now();
+        let (console_writer, console) = console_pipe().map_err(Error::SpawnWorker)?;
+        let (child, socket) = vmm::spawn()?;
+        let (worker, events) = Worker::connect(socket).map_err(Error::SpawnWorker)?;
+        let mut starting = Starting::watch(child, worker, events, console);
+        let spawned = Instant::now();
+
+        let vm_config = VmConfig {
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
+            kernel_params: config.kernel_params().to_owned(),
+            shares: vec![ShareConfig {
+                tag: SHARE_TAG.to_owned(),
+                path: share.to_owned(),
+            }],
+            disks: Vec::new(),
+            guest_cid: GUEST_CID,
+            ready_port: READY_PORT,
+        };
+        let files = [kernel.as_fd(), initramfs.as_fd(), console_writer.as_fd()];
+        let booted = starting.boot(vm_config, &files).await;
+        // The worker has its copies.
+        drop((kernel, initramfs, console_writer));
+        let started = async {
+            booted?;
+            let booted = Instant::now();
+            starting.ready(config.boot_timeout()).await?;
+            let ready = Instant::now();
+            let stream = starting.connect_agent().await?;
+            Ok((booted, ready, stream))
+        };
+        match started.await {
+            Ok((booted, ready, stream)) => {
+                let phases = Phases {
+                    worker_spawn: spawned - begin,
+                    vm_boot: booted - spawned,
+                    ready: ready - booted,
+                    connect: ready.elapsed(),
+                };
+                Ok(starting.into_vm(stream, phases))
+            }
+            Err(err) => {
+                starting.stop().await;
+                Err(err)
+            }
+        }
+    }
+
+    /// The worker's process id on the host.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    pub(crate) fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    pub(crate) fn end(&self) -> &End {
+        &self.end
+    }
+
+    pub(crate) fn phases(&self) -> Phases {
+        self.phases
+    }
+
+    /// Opens a vsock connection; also returns the host's port of it.
+    pub(crate) async fn connect(&self, port: u32) -> Result<(u32, UnixStream), Error> {
+        let connected = self.worker.connect_vsock(port).await;
+        or_end(connected, &self.end)
+    }
+
+    /// Logs how often the vCPUs have left the guest so far, by kind.
+    pub(crate) async fn log_exits(&self) {
+        match self.worker.metrics().await {
+            Ok(counters) => {
+                let exits: Vec<_> = counters
+                    .iter()
+                    .filter(|(name, _)| name.starts_with("vcpu_exits"))
+                    .map(|(name, count)| format!("{name}={count}"))
+                    .collect();
+                info!("vCPU exits: {}", exits.join(" "));
+            }
+            Err(err) => warn!("no counters of the VM: {}", err.chain()),
+        }
+    }
+
+    /// Ends the VM and returns when its worker is gone. May be called more than once.
+    pub(crate) async fn stop(&self) {
+        self.stopped.store(true, Ordering::Relaxed);
+        self.worker.close();
+        self.end.wait().await;
+    }
+}
+
+/// A VM whose agent is not connected yet.
+struct Starting {
+    worker: Worker,
+    pid: u32,
+    end: End,
+    ready: watch::Receiver<bool>,
+    stopped: Arc<AtomicBool>,
+    console: LastLines,
+}
+
+impl Starting {
+    fn watch(
+        mut child: Child,
+        worker: Worker,
+        events: mpsc::UnboundedReceiver<Event>,
+        console: pipe::Receiver,
+    ) -> Self {
+        let pid = child.id().expect("not yet waited for");
+        let console_lines = LastLines::default();
+        let stderr_lines = LastLines::default();
+        let stderr = child.stderr.take().expect("stderr is piped");
+        let console_task = {
+            let lines = console_lines.clone();
+            tokio::spawn(async move { follow(console, "guest", lines).await })
+        };
+        let stderr_task = {
+            let lines = stderr_lines.clone();
+            tokio::spawn(async move { follow(stderr, "worker", lines).await })
+        };
+        let (end_sender, end) = End::channel();
+        let (ready_sender, ready) = watch::channel(false);
+        let stopped = Arc::new(AtomicBool::new(false));
+        let watcher = Watcher {
+            child,
+            events,
+            ready: ready_sender,
+            end: end_sender,
+            stopped: stopped.clone(),
+            console: (console_task, console_lines.clone()),
+            stderr: (stderr_task, stderr_lines),
+        };
+        tokio::spawn(watcher.run());
+        Self {
+            worker,
+            pid,
+            end,
+            ready,
+            stopped,
+            console: console_lines,
+        }
+    }
+
+    async fn boot(&self, config: VmConfig, files: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        match self.worker.boot(config, files).await {
+            // The worker died of it. Its exit status says more than the socket's.
+            Err(Error::WorkerSocket(_)) => Err(Error::VmEnded(self.end.wait().await.to_string())),
+            result => result,
+        }
+    }
+
+    async fn ready(&mut self, limit: Duration) -> Result<(), Error> {
+        let ready = self.ready.wait_for(|&ready| ready);
+        let ready = tokio::time::timeout(limit, ready)
+            .await
+            .map(|ready| ready.is_ok());
+        match ready {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Error::VmEnded(self.end.wait().await.to_string())),
+            Err(_) => Err(Error::BootTimeout {
+                limit,
+                console: self.console.epilogue("the guest's console"),
+            }),
+        }
+    }
+
+    async fn connect_agent(&self) -> Result<UnixStream, Error> {
+        let connected = self.worker.connect_vsock(AGENT_PORT).await;
+        or_end(connected, &self.end).map(|(_, stream)| stream)
+    }
+
+    async fn stop(&self) {
+        self.stopped.store(true, Ordering::Relaxed);
+        self.worker.close();
+        self.end.wait().await;
+    }
+
+    fn into_vm(self, stream: UnixStream, phases: Phases) -> Vm {
+        Vm {
+            agent: Agent::new(stream, self.end.clone()),
+            worker: self.worker,
+            pid: self.pid,
+            end: self.end,
+            stopped: self.stopped,
+            phases,
+        }
+    }
+}
+
+/// Where a call to the worker failed because the VM has ended, that is the error.
+fn or_end<T>(result: Result<T, Error>, end: &End) -> Result<T, Error> {
+    match (result, end.reason()) {
+        (Err(_), Some(reason)) => Err(Error::VmEnded(reason.to_string())),
+        (result, _) => result,
+    }
+}
+
+/// Watches a worker to its end.
+struct Watcher {
+    child: Child,
+    events: mpsc::UnboundedReceiver<Event>,
+    ready: watch::Sender<bool>,
+    end: watch::Sender<Option<Arc<str>>>,
+    stopped: Arc<AtomicBool>,
+    console: (JoinHandle<()>, LastLines),
+    stderr: (JoinHandle<()>, LastLines),
+}
+
+impl Watcher {
+    async fn run(mut self) {
+        let mut exit = None;
+        while let Some(event) = self.events.recv().await {
+            match event {
+                Event::Ready => drop(self.ready.send_replace(true)),
+                Event::Exited(reason) => exit = Some(reason),
+            }
+        }
+        // The control socket has closed, so the worker is ending; it gets no chance not to.
+        if let Err(err) = self.child.start_kill() {
+            warn!("cannot kill the worker: {err}");
+        }
+        let status = self.child.wait().await;
+        // What the guest or the worker said last is still in the pipes.
+        let last_words = async { tokio::join!(self.console.0, self.stderr.0) };
+        if tokio::time::timeout(CONSOLE_END_LIMIT, last_words)
+            .await
+            .is_err()
+        {
+            warn!("the console outlives its worker");
+        }
+        let reason = if self.stopped.load(Ordering::Relaxed) {
+            "it was shut down".to_owned()
+        } else {
+            let reason = exit.map_or_else(|| worker_death(status), |reason| describe(&reason));
+            format!(
+                "{reason}{}{}",
+                self.console.1.epilogue("the guest's console"),
+                self.stderr.1.epilogue("the worker's standard error")
+            )
+        };
+        info!("the VM has ended: {reason}");
+        // `ready` is dropped after `end` has its value, so that who waits for either finds a reason.
+        self.end.send_replace(Some(reason.into()));
+    }
+}
+
+fn describe(reason: &ExitReason) -> String {
+    match reason {
+        ExitReason::PowerOff => "the guest powered off".to_owned(),
+        ExitReason::Reset => "the guest asked for a reset".to_owned(),
+        ExitReason::TripleFault => "a vCPU took a triple fault".to_owned(),
+        ExitReason::Panic => "the guest's kernel panicked".to_owned(),
+        ExitReason::VcpuFailed { vcpu, message } => format!("vCPU {vcpu} failed: {message}"),
+        ExitReason::DeviceFailed { message } => format!("a device failed: {message}"),
+    }
+}
+
+fn worker_death(status: std::io::Result<ExitStatus>) -> String {
+    match status {
+        // "exit status: 1", "signal: 9 (SIGKILL)"
+        Ok(status) => format!("its worker process ended ({status})"),
+        Err(err) => format!("its worker process cannot be waited for: {err}"),
+    }
+}
+
+fn open_guest_file(what: &'static str, path: &Path) -> Result<File, Error> {
+    File::open(path).map_err(|source| Error::GuestFile {
+        what,
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// The writer's end is non-blocking: a worker must never wait for the log.
+fn console_pipe() -> std::io::Result<(pipe::Sender, pipe::Receiver)> {
+    pipe::pipe()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn missing_kernel_names_the_file() {
+        let config =
+            husk_config::Config::from_toml("[vm]\nkernel = \"/absent/vmlinux\"", "test").unwrap();
+        let size = VmSize {
+            vcpus: 1,
+            memory_mib: 512,
+        };
+        let err = Vm::boot(config.vm(), size, Path::new("/"))
+            .await
+            .unwrap_err();
+        assert_eq!(
+            err.chain(),
+            "cannot open the guest's kernel /absent/vmlinux: No such file or directory (os error 2)"
+        );
+    }
+
+    #[tokio::test]
+    async fn end_is_seen_by_all_who_wait_and_by_those_who_come_late() {
+        let (sender, end) = End::channel();
+        assert!(end.reason().is_none());
+        let early = tokio::spawn({
+            let end = end.clone();
+            async move { end.wait().await }
+        });
+        tokio::task::yield_now().await;
+        sender.send_replace(Some(Arc::from("panic")));
+        assert_eq!(&*early.await.unwrap(), "panic");
+        assert_eq!(&*end.wait().await, "panic");
+        drop(sender);
+        assert_eq!(&*end.wait().await, "panic");
+    }
+}

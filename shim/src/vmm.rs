@@ -1,0 +1,356 @@
+//! The shim's end of the control socket: spawns the worker process of a VM and speaks with it.
+//!
+//! One task receives; it hands replies to the callers that wait for them, and events to the VM's owner ([`crate::vm`]).
+//! When the socket closes, every call fails and the channel of events ends.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use command_fds::{CommandFdExt, FdMapping};
+use husk_vmm::config::VmConfig;
+use husk_vmm::control::{self, Call, Event, Message, Reply, Request};
+use log::error;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::error::Error;
+
+/// The first argument that makes this program a worker.
+pub(crate) const WORKER_ROLE: &str = "vmm-worker";
+
+/// The descriptor on which a worker finds its control socket.
+pub(crate) const WORKER_SOCKET: i32 = 3;
+
+type Answer = Result<(Reply, Vec<OwnedFd>), String>;
+
+/// Asks a worker. Cheap to clone; all clones are the same connection.
+#[derive(Debug, Clone)]
+pub(crate) struct Worker(Arc<Connection>);
+
+#[derive(Debug)]
+struct Connection {
+    socket: AsyncFd<OwnedFd>,
+    next_id: AtomicU64,
+    /// Who waits for which reply; `None` once the socket has closed.
+    pending: Mutex<Option<HashMap<u64, oneshot::Sender<Answer>>>>,
+}
+
+/// Starts a worker process, which waits for [`Worker::boot`].
+///
+/// It dies with the thread that called this (PR_SET_PDEATHSIG counts threads, not processes), so the caller has to be on
+/// the shim's main thread: on the thread of the single-threaded runtime, never in `spawn_blocking`.
+pub(crate) fn spawn() -> Result<(Child, OwnedFd), Error> {
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .map_err(|errno| Error::SpawnWorker(errno.into()))?;
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0(env!("CARGO_BIN_NAME"))
+        .arg(WORKER_ROLE)
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .fd_mappings(vec![FdMapping {
+            parent_fd: theirs,
+            child_fd: WORKER_SOCKET,
+        }])
+        .expect("one descriptor cannot collide");
+    // `command`, and with it our copy of the worker's end, is dropped here: else the end of the worker would not close
+    // the socket.
+    let child = command.spawn().map_err(Error::SpawnWorker)?;
+    Ok((child, ours))
+}
+
+impl Worker {
+    /// Takes the control socket into use. The receiver yields the worker's events and ends when the socket closes.
+    pub(crate) fn connect(socket: OwnedFd) -> io::Result<(Self, mpsc::UnboundedReceiver<Event>)> {
+        let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL)?);
+        fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        // SAFETY: an `OwnedFd` keeps one open descriptor, and the `AsyncFd` keeps the `OwnedFd`.
+        let socket = unsafe { AsyncFd::register(socket)? };
+        let connection = Arc::new(Connection {
+            socket,
+            next_id: AtomicU64::new(1),
+            pending: Mutex::new(Some(HashMap::new())),
+        });
+        let (events, receiver) = mpsc::unbounded_channel();
+        tokio::spawn(receive(connection.clone(), events));
+        Ok((Self(connection), receiver))
+    }
+
+    /// Builds and starts the VM; `files` as [`VmConfig`] orders them.
+    pub(crate) async fn boot(
+        &self,
+        config: VmConfig,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(), Error> {
+        match self.call(Call::Boot(config), files).await? {
+            Ok((Reply::Booted, _)) => Ok(()),
+            Ok((other, _)) => Err(unexpected("Boot", &other)),
+            Err(message) => Err(Error::BootRefused(message)),
+        }
+    }
+
+    /// Opens a vsock connection to `port` of the guest; also returns the host's port of it.
+    pub(crate) async fn connect_vsock(&self, port: u32) -> Result<(u32, UnixStream), Error> {
+        let failed = |message: String| Error::Connect { port, message };
+        match self.call(Call::VsockConnect { port }, &[]).await? {
+            Ok((Reply::VsockConnected { local_port }, fds)) => {
+                let [fd] = <[OwnedFd; 1]>::try_from(fds)
+                    .map_err(|fds| failed(format!("{} descriptors arrived", fds.len())))?;
+                let stream = std::os::unix::net::UnixStream::from(fd);
+                let stream = stream
+                    .set_nonblocking(true)
+                    .and_then(|()| UnixStream::from_std(stream))
+                    .map_err(Error::WorkerSocket)?;
+                Ok((local_port, stream))
+            }
+            Ok((other, _)) => Err(unexpected("VsockConnect", &other)),
+            Err(message) => Err(failed(message)),
+        }
+    }
+
+    /// Every counter of the VM, by name.
+    pub(crate) async fn metrics(&self) -> Result<std::collections::BTreeMap<String, u64>, Error> {
+        match self.call(Call::Metrics, &[]).await? {
+            Ok((Reply::Metrics(counters), _)) => Ok(counters),
+            Ok((other, _)) => Err(unexpected("Metrics", &other)),
+            Err(message) => Err(Error::WorkerProtocol {
+                question: "Metrics",
+                answer: message,
+            }),
+        }
+    }
+
+    /// Closes the socket, upon which the worker ends. May be called more than once.
+    pub(crate) fn close(&self) {
+        // An error means that the peer has gone first.
+        let _ = shutdown(self.0.socket.as_raw_fd(), Shutdown::Both);
+    }
+
+    async fn call(&self, call: Call, fds: &[BorrowedFd<'_>]) -> Result<Answer, Error> {
+        let closed = || Error::WorkerSocket(io::ErrorKind::BrokenPipe.into());
+        let id = self.0.next_id.fetch_add(1, Ordering::Relaxed);
+        let (sender, answer) = oneshot::channel();
+        self.0
+            .pending()
+            .as_mut()
+            .ok_or_else(closed)?
+            .insert(id, sender);
+        let request = Request { id, call };
+        let sent = self
+            .0
+            .socket
+            .async_io(Interest::WRITABLE, |socket| {
+                control::send(socket.as_fd(), &request, fds).map_err(io::Error::from)
+            })
+            .await;
+        if let Err(err) = sent {
+            if let Some(pending) = self.0.pending().as_mut() {
+                pending.remove(&id);
+            }
+            return Err(Error::WorkerSocket(err));
+        }
+        answer.await.map_err(|_| closed())
+    }
+}
+
+impl Connection {
+    fn pending(&self) -> std::sync::MutexGuard<'_, Option<HashMap<u64, oneshot::Sender<Answer>>>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn unexpected(question: &'static str, reply: &Reply) -> Error {
+    Error::WorkerProtocol {
+        question,
+        answer: format!("{reply:?}"),
+    }
+}
+
+async fn receive(connection: Arc<Connection>, events: mpsc::UnboundedSender<Event>) {
+    loop {
+        let received = connection
+            .socket
+            .async_io(Interest::READABLE, |socket| {
+                control::recv::<Message>(socket.as_fd()).map_err(io::Error::from)
+            })
+            .await;
+        match received {
+            Ok(Some((Message::Reply { id, result }, fds))) => {
+                let waiting = connection
+                    .pending()
+                    .as_mut()
+                    .and_then(|pending| pending.remove(&id));
+                match waiting {
+                    // A caller that was cancelled is no error; its descriptors close here.
+                    Some(sender) => drop(sender.send(result.map(|reply| (reply, fds)))),
+                    None => error!("the worker answered request {id}, which nobody asked"),
+                }
+            }
+            // The receiver is gone when the VM's owner is, and then nobody cares.
+            Ok(Some((Message::Event(event), _))) => drop(events.send(event)),
+            Ok(None) => break,
+            Err(err) => {
+                error!("control socket of the worker: {err}");
+                break;
+            }
+        }
+    }
+    // Dropping the senders wakes the callers.
+    connection.pending().take();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream as StdStream;
+
+    use husk_vmm::control::ExitReason;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// The worker's end, played by a thread of the test: no VM can run where unit tests do.
+    fn fake_worker(
+        play: impl FnOnce(OwnedFd) + Send + 'static,
+    ) -> (Worker, mpsc::UnboundedReceiver<Event>) {
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap();
+        std::thread::spawn(move || play(theirs));
+        Worker::connect(ours).unwrap()
+    }
+
+    fn next_request(socket: &OwnedFd) -> (Request, Vec<OwnedFd>) {
+        control::recv(socket).unwrap().unwrap()
+    }
+
+    fn reply(socket: &OwnedFd, id: u64, result: Result<Reply, String>, fds: &[BorrowedFd<'_>]) {
+        control::send(socket, &Message::Reply { id, result }, fds).unwrap();
+    }
+
+    #[tokio::test]
+    async fn vsock_connection_arrives_with_its_port() {
+        let (worker, _events) = fake_worker(|socket| {
+            let (request, _) = next_request(&socket);
+            assert_eq!(request.call, Call::VsockConnect { port: 1025 });
+            let (mut guest, host) = StdStream::pair().unwrap();
+            reply(
+                &socket,
+                request.id,
+                Ok(Reply::VsockConnected { local_port: 77 }),
+                &[host.as_fd()],
+            );
+            drop(host);
+            let mut text = [0; 4];
+            guest.read_exact(&mut text).unwrap();
+            guest.write_all(&text).unwrap();
+        });
+        let (port, mut stream) = worker.connect_vsock(1025).await.unwrap();
+        assert_eq!(port, 77);
+        stream.write_all(b"echo").await.unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "echo");
+    }
+
+    #[tokio::test]
+    async fn replies_find_their_callers_in_any_order() {
+        let (worker, _events) = fake_worker(|socket| {
+            let (first, _) = next_request(&socket);
+            let (second, _) = next_request(&socket);
+            for request in [second, first] {
+                let Call::VsockConnect { port } = request.call else {
+                    panic!("{request:?}")
+                };
+                reply(&socket, request.id, Err(format!("refused {port}")), &[]);
+            }
+        });
+        let (one, two) = tokio::join!(worker.connect_vsock(1), worker.connect_vsock(2));
+        assert!(one.unwrap_err().to_string().ends_with("refused 1"));
+        assert!(two.unwrap_err().to_string().ends_with("refused 2"));
+    }
+
+    #[tokio::test]
+    async fn refusal_to_boot_is_told() {
+        let (worker, _events) = fake_worker(|socket| {
+            let (request, fds) = next_request(&socket);
+            assert_eq!(fds.len(), 1);
+            reply(
+                &socket,
+                request.id,
+                Err("/dev/kvm: no such file".into()),
+                &[],
+            );
+        });
+        let config = VmConfig {
+            vcpus: 1,
+            memory_mib: 512,
+            kernel_params: String::new(),
+            shares: Vec::new(),
+            disks: Vec::new(),
+            guest_cid: 3,
+            ready_port: 1024,
+        };
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let err = worker.boot(config, &[file.as_fd()]).await.unwrap_err();
+        assert_eq!(
+            err.to_string(),
+            "the VM cannot be started: /dev/kvm: no such file"
+        );
+    }
+
+    #[tokio::test]
+    async fn end_of_the_worker_ends_calls_and_events() {
+        let (worker, mut events) = fake_worker(|socket| {
+            let exited = Event::Exited(ExitReason::PowerOff);
+            control::send(&socket, &Message::Event(exited), &[]).unwrap();
+            next_request(&socket);
+        });
+        assert!(matches!(
+            worker.metrics().await,
+            Err(Error::WorkerSocket(_))
+        ));
+        assert_eq!(
+            events.recv().await,
+            Some(Event::Exited(ExitReason::PowerOff))
+        );
+        assert_eq!(events.recv().await, None);
+        assert!(matches!(
+            worker.metrics().await,
+            Err(Error::WorkerSocket(_))
+        ));
+    }
+
+    #[tokio::test]
+    async fn close_is_seen_by_the_worker() {
+        let (sender, receiver) = oneshot::channel();
+        let (worker, mut events) = fake_worker(move |socket| {
+            let closed = control::recv::<Request>(&socket).unwrap().is_none();
+            sender.send(closed).unwrap();
+        });
+        worker.close();
+        assert!(receiver.await.unwrap());
+        assert_eq!(events.recv().await, None);
+    }
+}
