@@ -154,6 +154,10 @@ pub enum Error {
     #[error("cannot make an event descriptor")]
     EventFd(#[source] io::Error),
 
+    /// The console's descriptor cannot be made non-blocking.
+    #[error("cannot use the descriptor for the guest's console")]
+    Console(#[source] io::Error),
+
     /// An interrupt cannot be delivered to the guest.
     #[error("KVM cannot {operation} interrupt {gsi}")]
     Interrupt {
@@ -192,4 +196,16 @@ pub enum Error {
     /// A saved state does not fit this VM.
     #[error("the saved state of the VM cannot be restored")]
     Restore(#[from] crate::snapshot::RestoreError),
+}
+
+/// An error and its sources, in one line, for a log.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
 }

@@ -3,6 +3,7 @@
 //! It knows virtual machines and devices, and nothing of containers, OCI or containerd. The shim uses it through
 //! [`control`], the protocol of the jailed worker process in which a VM runs.
 
+mod board;
 mod boot;
 mod bus;
 pub mod config;
@@ -14,6 +15,7 @@ mod irq;
 mod kvm;
 mod layout;
 mod memory;
+mod pci;
 mod platform;
 pub mod snapshot;
 mod vcpu;

@@ -34,3 +34,29 @@ pub trait Snapshot {
     /// like any other: nothing in it is trusted.
     fn restore(&mut self, state: Self::State) -> Result<(), RestoreError>;
 }
+
+/// [`Snapshot`] for a caller that does not know the type of the device. Every [`Snapshot`] is one.
+pub trait AnySnapshot {
+    /// [`Snapshot::save`], as JSON's data model.
+    fn save_value(&self) -> serde_json::Value;
+
+    /// [`Snapshot::restore`].
+    ///
+    /// # Errors
+    /// As there, and when the value is not the state of a device of this type.
+    fn restore_value(&mut self, value: serde_json::Value) -> Result<(), RestoreError>;
+}
+
+impl<T: Snapshot> AnySnapshot for T {
+    fn save_value(&self) -> serde_json::Value {
+        serde_json::to_value(self.save()).expect("a state is plain data with text for keys")
+    }
+
+    fn restore_value(&mut self, value: serde_json::Value) -> Result<(), RestoreError> {
+        let state = serde_json::from_value(value).map_err(|err| RestoreError {
+            device: "device",
+            reason: err.to_string(),
+        })?;
+        self.restore(state)
+    }
+}

@@ -10,27 +10,21 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use vm_memory::GuestMemoryMmap;
 
+use crate::board::{Board, Parts};
 use crate::boot::{self, BootSource};
-use crate::bus::Buses;
 use crate::config::{ConfigError, VmConfig};
 use crate::control::ExitReason;
+use crate::devices::vsock::VsockHandle;
 use crate::end::End;
 use crate::error::Error;
-use crate::irq::Interrupts;
 use crate::kvm::KvmVm;
-use crate::layout::{
-    KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE, POWER_PORTS, PVPANIC_PORTS, SERIAL_GSI, SERIAL_PORTS,
-};
+use crate::layout::{KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE};
 use crate::memory;
-use crate::platform::power::PowerRegisters;
-use crate::platform::pvpanic::PanicNotifier;
-use crate::platform::serial::SerialPort;
 use crate::vcpu::{CpuModel, ExitKind, Surroundings, Vcpu, VcpuSetup};
 use crate::virtio::worker::ThreadSetup;
 
@@ -69,20 +63,22 @@ impl Confinement {
 pub struct Vmm {
     /// First, so that nothing runs any more when the rest goes.
     vcpus: Vec<Vcpu>,
-    serial: Arc<SerialPort>,
+    board: Board,
     end: Arc<End>,
     /// After the vCPUs: KVM uses the mapping while they run.
     _memory: GuestMemoryMmap,
 }
 
 impl Vmm {
-    /// Builds the VM, with everything loaded and the vCPUs paused.
+    /// Builds the VM, with everything loaded and the vCPUs paused. `on_ready` is called once, on a thread of the VM, when
+    /// the guest connects to its ready port; it must not block.
     ///
     /// # Errors
     /// See [`Error`]. Nothing is left behind.
     pub fn new(
         config: &VmConfig,
         mut files: VmFiles,
+        on_ready: impl FnOnce() + Send + 'static,
         confinement: Confinement,
     ) -> Result<Self, Error> {
         config.validate()?;
@@ -92,33 +88,26 @@ impl Vmm {
                 files: files.disks.len(),
             }));
         }
-        set_nonblocking(&files.console).map_err(|source| Error::Device {
-            device: "console".to_owned(),
-            source: Box::new(source),
-        })?;
+        set_nonblocking(&files.console).map_err(Error::Console)?;
 
         let kvm = open_kvm()?;
         let vm = create_vm(&kvm)?;
         let memory = memory::allocate(config.memory_mib)?;
         memory::register(&vm, &memory)?;
         let vm = Arc::new(KvmVm(vm));
-        let interrupts = Interrupts::new(vm.clone());
         let end = Arc::new(End::new().map_err(Error::EventFd)?);
-
-        let mut buses = Buses::default();
-        let serial = Arc::new(SerialPort::new(
-            interrupts.pin(SERIAL_GSI)?,
-            clone_file(&files.console, "serial port")?,
-        ));
-        buses.ports.attach(SERIAL_PORTS, serial.clone())?;
-        buses.ports.attach(
-            PVPANIC_PORTS,
-            Arc::new(PanicNotifier::new(Arc::clone(&end))),
+        let board = Board::new(
+            Parts {
+                config,
+                console: files.console,
+                disks: files.disks,
+                memory: &memory,
+                hypervisor: vm.clone(),
+                end: &end,
+                setup: confinement.device,
+            },
+            on_ready,
         )?;
-        buses
-            .ports
-            .attach(POWER_PORTS, Arc::new(PowerRegisters::new(Arc::clone(&end))))?;
-
         let entry = boot::load(
             &memory,
             BootSource {
@@ -131,7 +120,7 @@ impl Vmm {
 
         let model = CpuModel::new(&kvm, config.vcpus)?;
         let surroundings = Surroundings {
-            buses: Arc::new(buses),
+            buses: Arc::clone(&board.buses),
             end: Arc::clone(&end),
             setup: confinement.vcpu,
         };
@@ -143,7 +132,7 @@ impl Vmm {
 
         Ok(Self {
             vcpus,
-            serial,
+            board,
             end,
             _memory: memory,
         })
@@ -155,6 +144,11 @@ impl Vmm {
     /// When the thread of a vCPU has ended.
     pub fn start(&self) -> Result<(), Error> {
         self.vcpus.iter().try_for_each(Vcpu::resume)
+    }
+
+    /// The way to open connections into the guest.
+    pub fn vsock(&self) -> VsockHandle {
+        self.board.vsock()
     }
 
     /// Why the VM has ended; `None` while it has not. [`Self::as_fd`] is readable from then on.
@@ -173,13 +167,7 @@ impl Vmm {
                 .sum();
             metrics.insert(format!("vcpu_exits_{}", kind.name()), count);
         }
-        let serial = self.serial.metrics();
-        for (name, counter) in [
-            ("serial_bytes", &serial.bytes),
-            ("serial_lost_bytes", &serial.lost_bytes),
-        ] {
-            metrics.insert(name.to_owned(), counter.load(Ordering::Relaxed));
-        }
+        self.board.collect(&mut metrics);
         metrics
     }
 }
@@ -229,11 +217,4 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
 fn set_nonblocking(file: &File) -> io::Result<()> {
     let flags = fcntl_getfl(file)?;
     Ok(fcntl_setfl(file, flags | OFlags::NONBLOCK)?)
-}
-
-fn clone_file(file: &File, device: &str) -> Result<File, Error> {
-    file.try_clone().map_err(|source| Error::Device {
-        device: device.to_owned(),
-        source: Box::new(source),
-    })
 }

@@ -13,6 +13,8 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::snapshot::AnySnapshot;
+
 /// Virtio device types (virtio 1.3, section 5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
@@ -92,7 +94,7 @@ pub enum ActivateError {
 }
 
 /// A virtio device as the transport sees it.
-pub trait VirtioDevice: Send + fmt::Debug {
+pub trait VirtioDevice: AnySnapshot + Send + fmt::Debug {
     /// Its type.
     fn device_type(&self) -> DeviceType;
 

@@ -46,12 +46,12 @@ fn try_boot(
     files: Vec<OwnedFd>,
     notices: Outlet<Notice>,
 ) -> Result<Vmm, BootError> {
-    drop(notices);
     let files = name_files(files)?;
     jail::enter(config.shares.iter().map(|share| share.path.as_path()))?;
     let vmm = Vmm::new(
         config,
         files,
+        move || notices.send(Notice::Ready),
         Confinement {
             device: confine_device,
             vcpu: confine_vcpu,
@@ -102,9 +102,7 @@ impl Machine for Vmm {
         port: u32,
         done: impl FnOnce(Result<VsockStream, ConnectError>) + Send + 'static,
     ) {
-        // The socket device is not on the bus yet.
-        let _ = port;
-        done(Err(ConnectError::Reset));
+        self.vsock().connect(port, done);
     }
 }
 

@@ -1,0 +1,189 @@
+//! What the guest's processors are connected to: the address spaces with every device of the VM in its place.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use vm_memory::GuestMemoryMmap;
+
+use crate::bus::Buses;
+use crate::config::VmConfig;
+use crate::devices::console::ConsoleDevice;
+use crate::devices::rng::RngDevice;
+use crate::devices::vsock::{VsockConfig, VsockDevice, VsockHandle};
+use crate::end::End;
+use crate::error::Error;
+use crate::irq::Interrupts;
+use crate::kvm::Hypervisor;
+use crate::layout::{
+    ECAM_BASE, ECAM_SIZE, PCI_WINDOW_32, POWER_PORTS, PVPANIC_PORTS, SERIAL_GSI, SERIAL_PORTS,
+};
+use crate::pci::{Ecam, MemoryWindow, PciBus, VirtioPci};
+use crate::platform::power::PowerRegisters;
+use crate::platform::pvpanic::PanicNotifier;
+use crate::platform::serial::SerialPort;
+use crate::virtio::VirtioDevice;
+use crate::virtio::worker::ThreadSetup;
+
+/// What the devices are made from.
+#[derive(Debug)]
+pub(crate) struct Parts<'a> {
+    pub(crate) config: &'a VmConfig,
+    /// The guest's console.
+    pub(crate) console: File,
+    /// One for each disk of the configuration.
+    pub(crate) disks: Vec<File>,
+    pub(crate) memory: &'a GuestMemoryMmap,
+    pub(crate) hypervisor: Arc<dyn Hypervisor>,
+    pub(crate) end: &'a Arc<End>,
+    /// Confines the thread of a device.
+    pub(crate) setup: ThreadSetup,
+}
+
+/// Adds the counters of one device to all.
+type Collect = Box<dyn Fn(&mut BTreeMap<String, u64>) + Send + Sync>;
+
+/// The devices of a VM.
+pub(crate) struct Board {
+    pub(crate) buses: Arc<Buses>,
+    serial: Arc<SerialPort>,
+    pci: Arc<PciBus>,
+    vsock: VsockHandle,
+    counters: Vec<Collect>,
+}
+
+impl fmt::Debug for Board {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Board")
+            .field("buses", &self.buses)
+            .field("pci", &self.pci)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Board {
+    /// Makes all devices. `on_ready` is called, on the thread of the socket device, when the guest connects to the ready
+    /// port.
+    pub(crate) fn new(
+        parts: Parts<'_>,
+        on_ready: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, Error> {
+        let interrupts = Interrupts::new(Arc::clone(&parts.hypervisor));
+        let mut buses = Buses::default();
+        let serial = add_platform_devices(&mut buses, &parts, &interrupts)?;
+
+        let mut slots = Slots {
+            bus: PciBus::default(),
+            memory: parts.memory,
+            interrupts: &interrupts,
+            hypervisor: &parts.hypervisor,
+        };
+        let mut counters: Vec<Collect> = Vec::new();
+
+        // The console first: the guest's kernel can say what is wrong with the others.
+        let console = ConsoleDevice::new(parts.console.into(), parts.setup)
+            .map_err(|err| broken("console", err))?;
+        let metrics = console.metrics();
+        counters.push(Box::new(move |into| metrics.collect(into)));
+        slots.add(console)?;
+
+        let rng = RngDevice::new(parts.setup).map_err(|err| broken("rng", err))?;
+        let metrics = rng.metrics();
+        counters.push(Box::new(move |into| metrics.collect(into)));
+        slots.add(rng)?;
+
+        let vsock_config = VsockConfig::new(parts.config.guest_cid, parts.config.ready_port)
+            .map_err(|err| broken("vsock", err))?;
+        let vsock = VsockDevice::new(vsock_config, on_ready, parts.setup)
+            .map_err(|err| broken("vsock", err))?;
+        let metrics = vsock.metrics();
+        counters.push(Box::new(move |into| metrics.collect(into)));
+        let vsock_handle = vsock.handle();
+        slots.add(vsock)?;
+
+        let pci = Arc::new(slots.bus);
+        buses.mmio.attach(
+            ECAM_BASE..ECAM_BASE + ECAM_SIZE,
+            Arc::new(Ecam(Arc::clone(&pci))),
+        )?;
+        buses
+            .mmio
+            .attach(PCI_WINDOW_32, Arc::new(MemoryWindow(Arc::clone(&pci))))?;
+        Ok(Self {
+            buses: Arc::new(buses),
+            serial,
+            pci,
+            vsock: vsock_handle,
+            counters,
+        })
+    }
+
+    /// The way to open connections into the guest.
+    pub(crate) fn vsock(&self) -> VsockHandle {
+        self.vsock.clone()
+    }
+
+    /// Adds every counter, by name.
+    pub(crate) fn collect(&self, into: &mut BTreeMap<String, u64>) {
+        let serial = self.serial.metrics();
+        for (name, counter) in [
+            ("serial_bytes", &serial.bytes),
+            ("serial_lost_bytes", &serial.lost_bytes),
+        ] {
+            into.insert(name.to_owned(), counter.load(Ordering::Relaxed));
+        }
+        for collect in &self.counters {
+            collect(into);
+        }
+    }
+}
+
+/// Serial port, panic notifier and power registers.
+fn add_platform_devices(
+    buses: &mut Buses,
+    parts: &Parts<'_>,
+    interrupts: &Interrupts,
+) -> Result<Arc<SerialPort>, Error> {
+    let out = parts
+        .console
+        .try_clone()
+        .map_err(|err| broken("serial", err))?;
+    let serial = Arc::new(SerialPort::new(interrupts.pin(SERIAL_GSI)?, out));
+    let notifier = Arc::new(PanicNotifier::new(Arc::clone(parts.end)));
+    let power = Arc::new(PowerRegisters::new(Arc::clone(parts.end)));
+    buses.ports.attach(SERIAL_PORTS, serial.clone())?;
+    buses.ports.attach(PVPANIC_PORTS, notifier)?;
+    buses.ports.attach(POWER_PORTS, power)?;
+    Ok(serial)
+}
+
+/// The PCI bus while it fills.
+struct Slots<'a> {
+    bus: PciBus,
+    memory: &'a GuestMemoryMmap,
+    interrupts: &'a Arc<Interrupts>,
+    hypervisor: &'a Arc<dyn Hypervisor>,
+}
+
+impl Slots<'_> {
+    /// Puts a device into the next slot.
+    fn add(&mut self, device: impl VirtioDevice + 'static) -> Result<(), Error> {
+        let function = VirtioPci::new(
+            Box::new(device),
+            self.bus.next_bar(),
+            self.memory.clone(),
+            self.interrupts,
+            Arc::clone(self.hypervisor),
+        )?;
+        self.bus.add(Arc::new(function))
+    }
+}
+
+fn broken(device: &str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::Device {
+        device: device.to_owned(),
+        source: source.into(),
+    }
+}
