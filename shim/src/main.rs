@@ -22,10 +22,20 @@ mod vmm;
 
 use std::error::Error;
 use std::ffi::OsString;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if arguments
+        .first()
+        .is_some_and(|role| role == vmm::WORKER_ROLE)
+    {
+        // SAFETY: `vmm::spawn` passes the control socket as this descriptor, and nothing in this new process has taken
+        // it before.
+        let control = unsafe { OwnedFd::from_raw_fd(vmm::WORKER_SOCKET) };
+        return husk_vmm::worker::main(control);
+    }
     match start::main(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(err) => {

@@ -381,7 +381,7 @@ mod tests {
         );
     }
 
-    fn sized(resources: Value, host_cpus: u8) -> VmSize {
+    fn sized(resources: &Value, host_cpus: u8) -> VmSize {
         let config = husk_config::Config::default();
         vm_size(
             &spec(json!({"linux": {"resources": resources}})),
@@ -396,29 +396,29 @@ mod tests {
             vcpus: 1,
             memory_mib: 512,
         };
-        assert_eq!(sized(json!({}), 8), default);
-        assert_eq!(sized(json!({"memory": {"limit": 64 << 20}}), 8), default);
-        assert_eq!(sized(json!({"memory": {"limit": -1}}), 8), default);
+        assert_eq!(sized(&json!({}), 8), default);
+        assert_eq!(sized(&json!({"memory": {"limit": 64 << 20}}), 8), default);
+        assert_eq!(sized(&json!({"memory": {"limit": -1}}), 8), default);
         assert_eq!(
-            sized(json!({"memory": {"limit": 1u64 << 30}}), 8),
+            sized(&json!({"memory": {"limit": 1u64 << 30}}), 8),
             VmSize {
                 vcpus: 1,
                 memory_mib: 1024 + 128
             }
         );
         assert_eq!(
-            sized(json!({"cpu": {"quota": 250_000, "period": 100_000}}), 8),
+            sized(&json!({"cpu": {"quota": 250_000, "period": 100_000}}), 8),
             VmSize {
                 vcpus: 3,
                 memory_mib: 512
             }
         );
         assert_eq!(
-            sized(json!({"cpu": {"quota": 900_000, "period": 100_000}}), 4).vcpus,
+            sized(&json!({"cpu": {"quota": 900_000, "period": 100_000}}), 4).vcpus,
             4
         );
         assert_eq!(
-            sized(json!({"cpu": {"quota": -1, "period": 100_000}}), 4),
+            sized(&json!({"cpu": {"quota": -1, "period": 100_000}}), 4),
             default
         );
     }

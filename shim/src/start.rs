@@ -175,11 +175,11 @@ fn start(flags: &Flags) -> Result<String, StartError> {
     let spec = Spec::load("config.json").map_err(StartError::ReadSpec)?;
     let group = group(&spec).unwrap_or(&flags.id);
     let address = address(flags, group);
-    if let Some(socket) = bind(&address)? {
-        if let Err(err) = spawn_server(flags, socket, &options) {
-            remove_file(socket_path(&address));
-            return Err(err);
-        }
+    if let Some(socket) = bind(&address)?
+        && let Err(err) = spawn_server(flags, socket, &options)
+    {
+        remove_file(socket_path(&address));
+        return Err(err);
     }
     fs::write(ADDRESS_FILE, &address).map_err(file_error("write", ADDRESS_FILE))?;
     Ok(address)
@@ -450,7 +450,7 @@ fn init_logger(debug: bool) {
 mod tests {
     use super::*;
 
-    fn spec(annotations: serde_json::Value) -> Spec {
+    fn spec(annotations: &serde_json::Value) -> Spec {
         serde_json::from_value(serde_json::json!({
             "ociVersion": "1.1.0", "annotations": annotations
         }))
@@ -459,10 +459,10 @@ mod tests {
 
     #[test]
     fn group_is_the_sandbox_and_runcs_label_comes_first() {
-        assert_eq!(group(&spec(serde_json::json!({}))), None);
-        let pod = spec(serde_json::json!({"io.kubernetes.cri.sandbox-id": "pod"}));
+        assert_eq!(group(&spec(&serde_json::json!({}))), None);
+        let pod = spec(&serde_json::json!({"io.kubernetes.cri.sandbox-id": "pod"}));
         assert_eq!(group(&pod), Some("pod"));
-        let both = spec(serde_json::json!({
+        let both = spec(&serde_json::json!({
             "io.kubernetes.cri.sandbox-id": "pod", "io.containerd.runc.v2.group": "g"
         }));
         assert_eq!(group(&both), Some("g"));

@@ -155,6 +155,24 @@ impl Vm {
         }
     }
 
+    /// A VM whose worker and agent are played by a test.
+    #[cfg(test)]
+    pub(crate) fn fake(worker: Worker, agent: Agent, end: End, pid: u32) -> Self {
+        Self {
+            worker,
+            pid,
+            agent,
+            end,
+            stopped: Arc::default(),
+            phases: Phases {
+                worker_spawn: Duration::ZERO,
+                vm_boot: Duration::ZERO,
+                ready: Duration::ZERO,
+                connect: Duration::ZERO,
+            },
+        }
+    }
+
     /// The worker's process id on the host.
     pub(crate) fn pid(&self) -> u32 {
         self.pid

@@ -7,6 +7,8 @@ mod generated {
         unreachable_pub,
         missing_debug_implementations,
         clippy::all,
+        clippy::cast_possible_truncation,
+        clippy::unwrap_used,
         reason = "generated code; its documentation is proto/agent.proto"
     )]
     include!(concat!(env!("OUT_DIR"), "/modules.rs"));

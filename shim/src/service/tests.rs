@@ -1,1 +1,672 @@
+//! The service as containerd calls it, against a fake agent and a fake worker: threads and tasks of the test that speak
+//! the real protocols over socket pairs. No VM can run where unit tests do; `ci/e2e` has the real ones.
 
+use std::collections::HashMap as Map;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream as StdStream};
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use containerd_shim::protos::events::task::TaskExit;
+use containerd_shim::protos::protobuf::Message;
+use containerd_shim::protos::protobuf::well_known_types::any::Any;
+use containerd_shim::protos::shim::event::Envelope;
+use containerd_shim::protos::shim_async::{Client, TaskClient, create_events};
+use containerd_shim::protos::ttrpc::r#async::Server;
+use containerd_shim::protos::ttrpc::r#async::transport::{Listener, Socket};
+use containerd_shim::protos::ttrpc::context::Context;
+use containerd_shim::protos::ttrpc::error::get_rpc_status;
+use containerd_shim::protos::ttrpc::{self, Code};
+use husk_protocol::agent;
+use husk_protocol::agent_ttrpc::{Agent as AgentService, create_agent};
+use husk_vmm::control::{self, Call, Message as Control, Reply, Request};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, watch};
+
+use super::*;
+use crate::agent::Agent;
+use crate::container::{Container, Parts};
+use crate::events::Events;
+use crate::process::Process;
+use crate::spec::HostHooks;
+use crate::storage::{ContainerStorage, Share};
+use crate::vm::{End, Vm};
+use crate::vmm::Worker;
+
+const PID: u32 = 4711;
+
+/// The guest's side: processes that end when they are killed, with 128 + signal.
+#[derive(Default)]
+struct FakeAgent {
+    exits: Mutex<Map<(String, String), watch::Sender<Option<u32>>>>,
+    calls: Mutex<Vec<String>>,
+}
+
+impl FakeAgent {
+    fn exit(&self, id: &str, exec_id: &str) -> watch::Sender<Option<u32>> {
+        self.exits
+            .lock()
+            .unwrap()
+            .entry((id.to_owned(), exec_id.to_owned()))
+            .or_insert_with(|| watch::Sender::new(None))
+            .clone()
+    }
+
+    fn called(&self, what: String) -> ttrpc::Result<agent::Empty> {
+        self.calls.lock().unwrap().push(what);
+        Ok(agent::Empty::new())
+    }
+}
+
+#[async_trait]
+impl AgentService for FakeAgent {
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        req: agent::StartContainerRequest,
+    ) -> TtrpcResult<agent::Empty> {
+        self.called(format!("start {}", req.container_id))
+    }
+
+    async fn remove_container(
+        &self,
+        _: &TtrpcContext,
+        req: agent::RemoveContainerRequest,
+    ) -> TtrpcResult<agent::Empty> {
+        self.called(format!("remove {}", req.container_id))
+    }
+
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        req: agent::ExecProcessRequest,
+    ) -> TtrpcResult<agent::ExecProcessResponse> {
+        if req.exec_id == "broken" {
+            return Err(get_rpc_status(Code::INVALID_ARGUMENT, "no such program"));
+        }
+        self.called(format!("exec {} {}", req.container_id, req.exec_id))?;
+        Ok(agent::ExecProcessResponse::new())
+    }
+
+    async fn remove_process(
+        &self,
+        _: &TtrpcContext,
+        req: agent::RemoveProcessRequest,
+    ) -> TtrpcResult<agent::Empty> {
+        self.called(format!("forget {} {}", req.container_id, req.exec_id))
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        req: agent::WaitProcessRequest,
+    ) -> TtrpcResult<agent::WaitProcessResponse> {
+        let mut exit = self.exit(&req.container_id, &req.exec_id).subscribe();
+        let status = exit.wait_for(Option::is_some).await.unwrap().unwrap();
+        Ok(agent::WaitProcessResponse {
+            exit_status: status,
+            ..Default::default()
+        })
+    }
+
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        req: agent::SignalProcessRequest,
+    ) -> TtrpcResult<agent::Empty> {
+        self.exit(&req.container_id, &req.exec_id)
+            .send_replace(Some(128 + req.signal));
+        self.called(format!("signal {} {}", req.signal, req.exec_id))
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        req: agent::PauseContainerRequest,
+    ) -> TtrpcResult<agent::Empty> {
+        self.called(format!("pause {}", req.container_id))
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        req: agent::ResumeContainerRequest,
+    ) -> TtrpcResult<agent::Empty> {
+        self.called(format!("resume {}", req.container_id))
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        _: agent::ListProcessesRequest,
+    ) -> TtrpcResult<agent::ListProcessesResponse> {
+        let process = |pid, exec_id: &str| agent::Process {
+            pid,
+            exec_id: exec_id.to_owned(),
+            ..Default::default()
+        };
+        Ok(agent::ListProcessesResponse {
+            processes: vec![process(20, ""), process(31, "sh")],
+            ..Default::default()
+        })
+    }
+}
+
+struct Containerd(mpsc::UnboundedSender<Envelope>);
+
+#[async_trait]
+impl containerd_shim::protos::shim_async::Events for Containerd {
+    async fn forward(
+        &self,
+        _: &TtrpcContext,
+        req: containerd_shim::protos::api::ForwardRequest,
+    ) -> TtrpcResult<Empty> {
+        self.0.send(req.envelope.unwrap()).unwrap();
+        Ok(Empty::new())
+    }
+}
+
+/// A worker that connects every stream to a guest which closes it.
+fn fake_worker() -> Worker {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+    std::thread::spawn(move || {
+        while let Ok(Some((request, _))) = control::recv::<Request>(&theirs) {
+            assert!(matches!(request.call, Call::VsockConnect { .. }));
+            let (host, _guest) = StdStream::pair().unwrap();
+            let reply = Control::Reply {
+                id: request.id,
+                result: Ok(Reply::VsockConnected { local_port: 9 }),
+            };
+            control::send(&theirs, &reply, &[host.as_fd()]).unwrap();
+        }
+    });
+    Worker::connect(OwnedFd::from(ours)).unwrap().0
+}
+
+async fn serve(listener: UnixListener, services: HashMap<String, Service>) -> Server {
+    listener.set_nonblocking(true).unwrap();
+    let mut server = Server::new()
+        .add_listener(Listener::try_from(listener).unwrap())
+        .register_service(services);
+    server.start().await.unwrap();
+    server
+}
+
+/// A shim with one created container, and containerd's ends of it.
+struct Fixture {
+    task: TaskClient,
+    agent: Arc<FakeAgent>,
+    sandbox: Arc<Sandbox>,
+    end: watch::Sender<Option<Arc<str>>>,
+    events: mpsc::UnboundedReceiver<Envelope>,
+    _servers: Vec<Server>,
+    _dir: tempfile::TempDir,
+}
+
+impl Fixture {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let bind = |name: &str| UnixListener::bind(dir.path().join(name)).unwrap();
+
+        let agent = Arc::new(FakeAgent::default());
+        let agent_server = serve(bind("agent"), create_agent(agent.clone())).await;
+        let stream = UnixStream::connect(dir.path().join("agent")).await.unwrap();
+
+        let (sender, events) = mpsc::unbounded_channel();
+        let containerd = create_events(Arc::new(Containerd(sender)));
+        let containerd_server = serve(bind("events"), containerd).await;
+
+        let (end, vm_end) = End::channel();
+        let vm = Arc::new(Vm::fake(
+            fake_worker(),
+            Agent::new(stream, vm_end.clone()),
+            vm_end,
+            PID,
+        ));
+        let address = dir.path().join("events");
+        let sandbox = Sandbox::new(
+            "default",
+            Share::at(Path::new("/absent")),
+            Events::new(address.to_str().unwrap(), "default"),
+        );
+        let container = Arc::new(Container::new(Parts {
+            id: "x".into(),
+            bundle: "/bundle".into(),
+            oci_version: "1.1.0".into(),
+            own_pid_namespace: true,
+            hooks: HostHooks::default(),
+            init: Process::new(String::new(), Stdio::default(), TtySize::default()),
+            vm,
+            storage: ContainerStorage::empty(),
+        }));
+        sandbox.reserve("x").unwrap().commit(container.clone());
+        sandbox.watch_exit(container.clone(), container.init().clone());
+
+        let service = TaskService::new(sandbox.clone());
+        let task_server = serve(bind("task"), service.services()).await;
+        let stream = UnixStream::connect(dir.path().join("task")).await.unwrap();
+        Self {
+            task: TaskClient::new(Client::new(Socket::from(stream))),
+            agent,
+            sandbox,
+            end,
+            events,
+            _servers: vec![agent_server, containerd_server, task_server],
+            _dir: dir,
+        }
+    }
+
+    async fn start(&self, exec_id: &str) -> TtrpcResult<StartResponse> {
+        let req = StartRequest {
+            id: "x".into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        self.task.start(Context::default(), &req).await
+    }
+
+    async fn exec(&self, exec_id: &str) -> TtrpcResult<Empty> {
+        let spec = br#"{"cwd": "/", "args": ["sh"], "user": {"uid": 0, "gid": 0}}"#;
+        let req = ExecProcessRequest {
+            id: "x".into(),
+            exec_id: exec_id.into(),
+            spec: Some(Any {
+                value: spec.to_vec(),
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        self.task.exec(Context::default(), &req).await
+    }
+
+    async fn kill(&self, exec_id: &str, signal: u32) -> TtrpcResult<Empty> {
+        let req = KillRequest {
+            id: "x".into(),
+            exec_id: exec_id.into(),
+            signal,
+            ..Default::default()
+        };
+        self.task.kill(Context::default(), &req).await
+    }
+
+    async fn wait(&self, exec_id: &str) -> TtrpcResult<WaitResponse> {
+        let req = WaitRequest {
+            id: "x".into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        self.task.wait(Context::default(), &req).await
+    }
+
+    async fn delete(&self, exec_id: &str) -> TtrpcResult<DeleteResponse> {
+        let req = DeleteRequest {
+            id: "x".into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        self.task.delete(Context::default(), &req).await
+    }
+
+    async fn pause(&self) -> TtrpcResult<Empty> {
+        let req = PauseRequest {
+            id: "x".into(),
+            ..Default::default()
+        };
+        self.task.pause(Context::default(), &req).await
+    }
+
+    async fn resume(&self) -> TtrpcResult<Empty> {
+        let req = ResumeRequest {
+            id: "x".into(),
+            ..Default::default()
+        };
+        self.task.resume(Context::default(), &req).await
+    }
+
+    async fn state(&self, exec_id: &str) -> StateResponse {
+        let req = StateRequest {
+            id: "x".into(),
+            exec_id: exec_id.into(),
+            ..Default::default()
+        };
+        self.task.state(Context::default(), &req).await.unwrap()
+    }
+
+    /// The next events, until the one with `last` as topic.
+    async fn topics_until(&mut self, last: &str) -> Vec<Envelope> {
+        let mut envelopes = Vec::new();
+        loop {
+            let envelope = tokio::time::timeout(Duration::from_secs(10), self.events.recv())
+                .await
+                .expect("the event is published")
+                .unwrap();
+            let topic = envelope.topic.clone();
+            envelopes.push(envelope);
+            if topic == last {
+                return envelopes;
+            }
+        }
+    }
+}
+
+fn topics(envelopes: &[Envelope]) -> Vec<&str> {
+    envelopes
+        .iter()
+        .map(|envelope| envelope.topic.as_str())
+        .collect()
+}
+
+fn code<T: std::fmt::Debug>(result: TtrpcResult<T>) -> (Code, String) {
+    match result.unwrap_err() {
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_owned()),
+        other => panic!("not a status: {other}"),
+    }
+}
+
+#[tokio::test]
+async fn life_of_a_task_with_its_events() {
+    let mut fixture = Fixture::new().await;
+    assert_eq!(fixture.state("").await.status(), ApiStatus::CREATED);
+    assert_eq!(fixture.start("").await.unwrap().pid, PID);
+    assert_eq!(fixture.state("").await.status(), ApiStatus::RUNNING);
+    assert_eq!(
+        code(fixture.delete("").await).1,
+        "cannot delete a running process"
+    );
+    fixture.kill("", 15).await.unwrap();
+    assert_eq!(fixture.wait("").await.unwrap().exit_status, 143);
+    assert_eq!(fixture.wait("").await.unwrap().exit_status, 143);
+    let state = fixture.state("").await;
+    assert_eq!(
+        (state.status(), state.exit_status),
+        (ApiStatus::STOPPED, 143)
+    );
+    let deleted = fixture.delete("").await.unwrap();
+    assert_eq!((deleted.pid, deleted.exit_status), (PID, 143));
+    assert!(deleted.exited_at.seconds > 0);
+    let events = fixture.topics_until("/tasks/delete").await;
+    assert_eq!(
+        topics(&events),
+        ["/tasks/start", "/tasks/exit", "/tasks/delete"]
+    );
+    let exit = TaskExit::parse_from_bytes(&events[1].event.value).unwrap();
+    assert_eq!((exit.container_id.as_str(), exit.id.as_str()), ("x", "x"));
+    assert_eq!((exit.pid, exit.exit_status), (PID, 143));
+    assert_eq!(code(fixture.delete("").await).0, Code::NOT_FOUND);
+    assert!(fixture.sandbox.is_empty());
+}
+
+#[tokio::test]
+async fn both_names_of_the_service_are_served() {
+    let services = TaskService::new(Fixture::new().await.sandbox).services();
+    let mut names: Vec<_> = services.keys().map(String::as_str).collect();
+    names.sort_unstable();
+    assert_eq!(
+        names,
+        ["containerd.task.v2.Task", "containerd.task.v3.Task"]
+    );
+    for service in services.values() {
+        assert_eq!(service.methods.len(), 17);
+    }
+}
+
+#[tokio::test]
+async fn exec_has_a_life_of_its_own() {
+    let mut fixture = Fixture::new().await;
+    fixture.start("").await.unwrap();
+    fixture.exec("sh").await.unwrap();
+    assert_eq!(code(fixture.exec("sh").await).0, Code::ALREADY_EXISTS);
+    assert_eq!(fixture.state("sh").await.pid, 0);
+    assert_eq!(
+        code(fixture.kill("sh", 9).await).0,
+        Code::FAILED_PRECONDITION
+    );
+    fixture.start("sh").await.unwrap();
+    assert_eq!(
+        code(fixture.start("sh").await).1,
+        "cannot start a running process"
+    );
+    fixture.kill("sh", 9).await.unwrap();
+    assert_eq!(fixture.wait("sh").await.unwrap().exit_status, 137);
+    assert_eq!(code(fixture.kill("sh", 9).await).0, Code::NOT_FOUND);
+    assert_eq!(fixture.delete("sh").await.unwrap().exit_status, 137);
+    assert_eq!(code(fixture.wait("sh").await).0, Code::NOT_FOUND);
+    let events = fixture.topics_until("/tasks/exit").await;
+    assert_eq!(
+        topics(&events),
+        [
+            "/tasks/start",
+            "/tasks/exec-added",
+            "/tasks/exec-started",
+            "/tasks/exit"
+        ]
+    );
+    assert!(
+        fixture
+            .agent
+            .calls
+            .lock()
+            .unwrap()
+            .contains(&"forget x sh".to_owned())
+    );
+}
+
+#[tokio::test]
+async fn exec_that_cannot_start_says_why_and_can_be_deleted() {
+    let fixture = Fixture::new().await;
+    fixture.start("").await.unwrap();
+    fixture.exec("broken").await.unwrap();
+    let (code, message) = code(fixture.start("broken").await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(message.contains("no such program"), "{message}");
+    fixture.wait("broken").await.unwrap();
+    fixture.delete("broken").await.unwrap();
+}
+
+#[tokio::test]
+async fn exits_of_execs_come_before_that_of_the_first_process() {
+    let mut fixture = Fixture::new().await;
+    fixture.start("").await.unwrap();
+    fixture.exec("sh").await.unwrap();
+    fixture.start("sh").await.unwrap();
+    fixture.kill("", 9).await.unwrap();
+    fixture.agent.exit("x", "sh").send_replace(Some(137));
+    let mut ids = Vec::new();
+    while ids.len() < 2 {
+        let events = fixture.topics_until("/tasks/exit").await;
+        let last = events.last().unwrap();
+        ids.push(TaskExit::parse_from_bytes(&last.event.value).unwrap().id);
+    }
+    assert_eq!(ids, ["sh", "x"]);
+    let (code, message) = code(fixture.exec("late").await);
+    assert_eq!(
+        (code, message.as_str()),
+        (Code::UNKNOWN, "cannot exec in a stopped state")
+    );
+}
+
+#[tokio::test]
+async fn pause_and_resume_only_where_they_make_sense() {
+    let mut fixture = Fixture::new().await;
+    assert_eq!(
+        code(fixture.pause().await).1,
+        "cannot pause a created container"
+    );
+    fixture.start("").await.unwrap();
+    assert_eq!(
+        code(fixture.resume().await).1,
+        "cannot resume a running container"
+    );
+    fixture.pause().await.unwrap();
+    assert_eq!(fixture.state("").await.status(), ApiStatus::PAUSED);
+    assert_eq!(
+        code(fixture.pause().await).1,
+        "cannot pause a paused container"
+    );
+    assert_eq!(
+        code(fixture.exec("sh").await).1,
+        "cannot exec in a paused state"
+    );
+    assert_eq!(
+        code(fixture.delete("").await).1,
+        "cannot delete a paused process"
+    );
+    fixture.resume().await.unwrap();
+    assert_eq!(fixture.state("").await.status(), ApiStatus::RUNNING);
+    let events = fixture.topics_until("/tasks/resumed").await;
+    assert_eq!(
+        topics(&events),
+        ["/tasks/start", "/tasks/paused", "/tasks/resumed"]
+    );
+}
+
+#[tokio::test]
+async fn end_of_the_vm_kills_every_process_and_delete_still_works() {
+    let mut fixture = Fixture::new().await;
+    fixture.start("").await.unwrap();
+    fixture.exec("sh").await.unwrap();
+    fixture.start("sh").await.unwrap();
+    fixture
+        .end
+        .send_replace(Some(Arc::from("the guest's kernel panicked")));
+    assert_eq!(fixture.wait("").await.unwrap().exit_status, 137);
+    assert_eq!(fixture.wait("sh").await.unwrap().exit_status, 137);
+    let (code, message) = code(
+        fixture
+            .task
+            .stats(
+                Context::default(),
+                &StatsRequest {
+                    id: "x".into(),
+                    ..Default::default()
+                },
+            )
+            .await,
+    );
+    assert_eq!(code, Code::UNAVAILABLE);
+    assert_eq!(message, "the VM has ended: the guest's kernel panicked");
+    fixture.delete("sh").await.unwrap();
+    assert_eq!(fixture.delete("").await.unwrap().exit_status, 137);
+    let events = fixture.topics_until("/tasks/delete").await;
+    assert_eq!(
+        topics(&events)
+            .iter()
+            .filter(|&&topic| topic == "/tasks/exit")
+            .count(),
+        2
+    );
+}
+
+#[tokio::test]
+async fn created_container_is_killed_by_delete() {
+    let fixture = Fixture::new().await;
+    assert_eq!(fixture.delete("").await.unwrap().exit_status, 137);
+    assert!(
+        fixture
+            .agent
+            .calls
+            .lock()
+            .unwrap()
+            .contains(&"remove x".to_owned())
+    );
+}
+
+#[tokio::test]
+async fn pids_are_the_guests_with_their_exec() {
+    let fixture = Fixture::new().await;
+    let req = PidsRequest {
+        id: "x".into(),
+        ..Default::default()
+    };
+    let pids = fixture.task.pids(Context::default(), &req).await.unwrap();
+    assert_eq!(pids.processes[0].pid, 20);
+    assert!(pids.processes[0].info.is_none());
+    let info = pids.processes[1].info.as_ref().unwrap();
+    assert_eq!(info.type_url, "containerd.runc.v1.ProcessDetails");
+    assert_eq!(
+        ProcessDetails::parse_from_bytes(&info.value)
+            .unwrap()
+            .exec_id,
+        "sh"
+    );
+}
+
+#[tokio::test]
+async fn unknown_ids_are_not_found_and_connect_does_not_mind() {
+    let fixture = Fixture::new().await;
+    let req = StateRequest {
+        id: "absent".into(),
+        ..Default::default()
+    };
+    let (state, _) = code(fixture.task.state(Context::default(), &req).await);
+    assert_eq!(state, Code::NOT_FOUND);
+    assert_eq!(code(fixture.kill("absent", 9).await).0, Code::NOT_FOUND);
+    let connect = async |id: &str| {
+        let req = ConnectRequest {
+            id: id.into(),
+            ..Default::default()
+        };
+        fixture
+            .task
+            .connect(Context::default(), &req)
+            .await
+            .unwrap()
+            .task_pid
+    };
+    assert_eq!(connect("x").await, PID);
+    assert_eq!(connect("absent").await, 0);
+    let req = CheckpointTaskRequest::default();
+    let (checkpoint, _) = code(fixture.task.checkpoint(Context::default(), &req).await);
+    assert_eq!(checkpoint, Code::UNIMPLEMENTED);
+}
+
+#[tokio::test]
+async fn duplicate_id_is_refused_before_anything_is_done() {
+    let fixture = Fixture::new().await;
+    let req = CreateTaskRequest {
+        id: "x".into(),
+        bundle: "/absent".into(),
+        ..Default::default()
+    };
+    let (create, _) = code(fixture.task.create(Context::default(), &req).await);
+    assert_eq!(create, Code::ALREADY_EXISTS);
+}
+
+#[tokio::test]
+async fn failed_create_gives_the_id_back() {
+    let fixture = Fixture::new().await;
+    let req = CreateTaskRequest {
+        id: "y".into(),
+        bundle: "/absent".into(),
+        ..Default::default()
+    };
+    for _ in 0..2 {
+        let (create, message) = code(fixture.task.create(Context::default(), &req).await);
+        assert_eq!(create, Code::INVALID_ARGUMENT);
+        assert!(message.contains("/absent/config.json"), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn shutdown_waits_for_the_last_container() {
+    let fixture = Fixture::new().await;
+    let req = ShutdownRequest::default();
+    fixture
+        .task
+        .shutdown(Context::default(), &req)
+        .await
+        .unwrap();
+    let ended = tokio::time::timeout(Duration::ZERO, fixture.sandbox.wait_shut_down()).await;
+    assert!(ended.is_err());
+    fixture.delete("").await.unwrap();
+    fixture
+        .task
+        .shutdown(Context::default(), &req)
+        .await
+        .unwrap();
+    fixture.sandbox.wait_shut_down().await;
+}

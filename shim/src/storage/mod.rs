@@ -62,6 +62,14 @@ impl Share {
         Ok(share)
     }
 
+    /// A share that is not set up, for tests that mount nothing.
+    #[cfg(test)]
+    pub(crate) fn at(root: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+        }
+    }
+
     /// The folder for the VM to export.
     pub(crate) fn exported(&self) -> PathBuf {
         self.root.join("share")
@@ -75,8 +83,8 @@ impl Share {
         self.root.join("staging")
     }
 
-    /// Mounts what container `id` sees. On failure nothing is left.
-    pub(crate) async fn add(
+    /// Puts together what container `id` sees, for [`ContainerStorage::publish`]. On failure nothing is left.
+    pub(crate) async fn prepare(
         &self,
         id: &str,
         rootfs: Vec<Mount>,
@@ -109,6 +117,30 @@ pub(crate) struct ContainerStorage {
 }
 
 impl ContainerStorage {
+    /// Moves the container's folder into the exported one. Not while the VM is being booted: a mount that appears while
+    /// the worker is on its way into its jail may miss it.
+    pub(crate) fn publish(&self) -> Result<(), Error> {
+        mount(
+            Some(&self.staging),
+            &self.published,
+            None::<&str>,
+            MsFlags::MS_MOVE,
+            None::<&str>,
+        )
+        .map_err(|errno| failed("publish", &self.published)(errno.into()))
+    }
+
+    /// Of a container that has nothing mounted, for tests.
+    #[cfg(test)]
+    pub(crate) fn empty() -> Self {
+        let absent = Path::new("/absent/storage");
+        Self {
+            staging: absent.to_owned(),
+            point: absent.to_owned(),
+            published: absent.to_owned(),
+        }
+    }
+
     fn build(&self, rootfs: &[Mount], bundle: &Path, binds: &[Bind]) -> Result<(), Error> {
         for folder in [&self.staging, &self.point] {
             std::fs::create_dir(folder).map_err(failed("create folder", folder))?;
@@ -133,15 +165,7 @@ impl ContainerStorage {
 
         // Nothing but the mounts in it is for the guest to write to.
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        read_only(&self.staging, flags).map_err(failed("make read-only", &self.staging))?;
-        mount(
-            Some(&self.staging),
-            &self.published,
-            None::<&str>,
-            MsFlags::MS_MOVE,
-            None::<&str>,
-        )
-        .map_err(|errno| failed("publish", &self.published)(errno.into()))
+        read_only(&self.staging, flags).map_err(failed("make read-only", &self.staging))
     }
 }
 

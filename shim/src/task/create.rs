@@ -80,10 +80,11 @@ impl Sandbox {
         let (vm, storage, ends) = tokio::join!(
             self.vm(config.vm(), size),
             self.share()
-                .add(&request.id, request.rootfs, request.bundle.clone(), binds),
+                .prepare(&request.id, request.rootfs, request.bundle.clone(), binds),
             streams::open(&request.stdio, self.log_identity(&request.id)),
         );
         let (vm, storage, ends) = (vm?, storage?, ends?);
+        storage.publish()?;
         let prepared = Instant::now();
 
         let pid_file = request.bundle.join(WORKER_PID_FILE);

@@ -21,7 +21,7 @@ const KILL: u32 = 9;
 impl Sandbox {
     /// Waits in a task of its own for the end of `process`, records it and publishes it. A process whose VM ends was
     /// killed.
-    pub(super) fn watch_exit(self: &Arc<Self>, container: Arc<Container>, process: Arc<Process>) {
+    pub(crate) fn watch_exit(self: &Arc<Self>, container: Arc<Container>, process: Arc<Process>) {
         let sandbox = self.clone();
         tokio::spawn(async move {
             let target = container.target(&process);
