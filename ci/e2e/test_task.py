@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 
-from harness import IMAGE, RUNTIMES, Case, Events, wait_until
+from harness import IMAGE, RUNTIMES, Case, Events, Task, wait_until
 
 
 class TaskTest(Case):
@@ -60,9 +60,9 @@ class TaskTest(Case):
         self.assertEqual(result.out, "65534")
 
     def test_exec_sees_the_container(self):
-        task = self.start("sh", "-c", "echo here > /tmp/mark; sleep 1000")
+        task = self.start("sh", "-c", "echo here > /tmp/mark; sleep 1000; true")
         wait_until(lambda: task.exec("cat", "/tmp/mark").out == "here", "the mark")
-        self.assertEqual(task.exec("sh", "-c", "tr '\\0' ' ' </proc/1/cmdline").out, "sh -c echo here > /tmp/mark; sleep 1000 ")
+        self.assertEqual(task.exec("sh", "-c", "tr '\\0' ' ' </proc/1/cmdline").out, "sh -c echo here > /tmp/mark; sleep 1000; true ")
 
     def test_exec_detached_can_be_killed(self):
         task = self.start()
@@ -120,7 +120,7 @@ class TaskTest(Case):
         wait_until(lambda: count() not in ("", before), "the count to go on")
 
     def test_metrics_are_of_the_container(self):
-        task = self.start("sh", "-c", "dd if=/dev/zero of=/dev/shm/x bs=1M count=20 2>/dev/null; sleep 1000",
+        task = self.start("sh", "-c", "dd if=/dev/zero of=/dev/shm/x bs=1M count=20 2>/dev/null; sleep 1000; true",
                           options=["--memory-limit", str(64 << 20)])
         wait_until(lambda: len(task.ctr("ps").out.splitlines()) == 3 and "sleep" in task.exec("ps").out, "dd to end")
         metrics = json.loads(task.ctr("metrics", "--format", "json", code=0).out)
@@ -162,6 +162,10 @@ class TaskTest(Case):
         self.addCleanup(self.remove, name)
         self.ctr("run", "-d", "--runtime", RUNTIMES[self.runtime], "--log-uri", f"binary://{program}", IMAGE, name,
                  "sh", "-c", "echo to the log; echo and this >&2", code=0)
+        task = Task(self, name)
+        task.wait_for("STOPPED")
+        # The streams stay open as long as the task is there.
+        self.assertEqual(task.end(), 0)
 
         def content(suffix):
             with open(log + suffix, encoding="utf-8") as file:
