@@ -4,7 +4,7 @@
 //! The lists were found by running guests under `strace -f` and hold what was seen, with the few calls of the C library
 //! and the Rust runtime that depend on chance (allocation, contention, a panic's last words). Calls that would
 //! widen what a thread may do are limited by their arguments: `ioctl` to the requests of KVM that a running VM makes,
-//! `mmap` and `mprotect` to memory that cannot be executed, `tgkill` to this process.
+//! `mmap` and `mprotect` to memory that cannot be executed, `tgkill` to this process, `fcntl` to flags and copies.
 
 use std::collections::BTreeMap;
 
@@ -49,7 +49,7 @@ pub(super) fn install(role: Role) -> Result<(), SeccompError> {
 fn compile(role: Role) -> Result<BpfProgram, BackendError> {
     let mut rules = Rules::new();
     allow(&mut rules, EVERY_THREAD);
-    allow_limited_memory_and_signals(&mut rules)?;
+    allow_within_limits(&mut rules)?;
     match role {
         Role::Control => allow(&mut rules, CONTROL),
         Role::Vcpu => {
@@ -96,7 +96,7 @@ fn allow_ioctls(rules: &mut Rules, requests: &[u64]) -> Result<(), BackendError>
     Ok(())
 }
 
-fn allow_limited_memory_and_signals(rules: &mut Rules) -> Result<(), BackendError> {
+fn allow_within_limits(rules: &mut Rules) -> Result<(), BackendError> {
     let not_executable = || -> Result<_, BackendError> {
         SeccompRule::new(vec![SeccompCondition::new(
             2,
@@ -107,6 +107,9 @@ fn allow_limited_memory_and_signals(rules: &mut Rules) -> Result<(), BackendErro
     };
     rules.insert(libc::SYS_mmap, vec![not_executable()?]);
     rules.insert(libc::SYS_mprotect, vec![not_executable()?]);
+    let requests = FCNTL_REQUESTS.iter();
+    let requests = requests.map(|&request| SeccompRule::new(vec![equals(1, request)?]));
+    rules.insert(libc::SYS_fcntl, requests.collect::<Result<_, _>>()?);
     let process = SeccompRule::new(vec![equals(0, u64::from(std::process::id()))?])?;
     rules.insert(libc::SYS_tgkill, vec![process]);
     Ok(())
@@ -118,6 +121,14 @@ fn equals(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
 }
 
 const PROT_EXEC: u64 = 4;
+
+/// Flags and copies of descriptors. Others would have the kernel send signals to any process (F_SETOWN, F_SETSIG).
+const FCNTL_REQUESTS: &[u64] = &[
+    1,    // F_GETFD
+    3,    // F_GETFL
+    4,    // F_SETFL
+    1030, // F_DUPFD_CLOEXEC
+];
 
 /// The Rust runtime, the allocator, channels and logs.
 const EVERY_THREAD: &[i64] = &[
@@ -147,10 +158,10 @@ const EVERY_THREAD: &[i64] = &[
 ];
 
 const CONTROL: &[i64] = &[
+    libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_wait,
-    libc::SYS_fcntl,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_socketpair,
@@ -204,7 +215,6 @@ const BLOCK_IOCTLS: &[u64] = &[
 ];
 
 const VSOCK: &[i64] = &[
-    libc::SYS_fcntl,
     libc::SYS_recvfrom,
     libc::SYS_sendto,
     libc::SYS_shutdown,
@@ -228,7 +238,6 @@ const FILE_SERVER: &[i64] = &[
     libc::SYS_fchmodat,
     libc::SYS_fchown,
     libc::SYS_fchownat,
-    libc::SYS_fcntl,
     libc::SYS_fdatasync,
     libc::SYS_fgetxattr,
     libc::SYS_flistxattr,

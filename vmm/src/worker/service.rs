@@ -66,7 +66,11 @@ pub(super) fn run<M: Machine>(
                 outlet,
                 inbox,
             };
-            service.serve()
+            let result = service.serve();
+            // The process ends now, and the VM with it. To take it apart first, binding by binding, is what the shim
+            // would wait for.
+            std::mem::forget(service.machine);
+            result
         }
         Err(message) => {
             shim.refuse(id, message.clone())?;
@@ -97,7 +101,7 @@ struct Service<M> {
 }
 
 impl<M: Machine> Service<M> {
-    fn serve(self) -> Result<(), WorkerError> {
+    fn serve(&self) -> Result<(), WorkerError> {
         let epoll = self.watch().map_err(|err| WorkerError::Wait(err.into()))?;
         let mut events = Vec::with_capacity(EVENTS_PER_WAIT);
         loop {
