@@ -302,6 +302,11 @@ impl<'m> Chain<'m> {
         self.descriptors.head_index()
     }
 
+    /// The memory that it points into.
+    pub fn memory(&self) -> &'m GuestMemoryMmap {
+        self.memory
+    }
+
     /// The chain as the crate has it, for libraries that take it so.
     pub fn descriptors(&self) -> DescriptorChain<&'m GuestMemoryMmap> {
         self.descriptors.clone()

@@ -136,7 +136,11 @@ impl<S: Serve> Worker<S> {
     ///
     /// # Errors
     /// When the thread or its eventfd cannot be made.
-    pub fn spawn(name: &str, device: DeviceType, setup: ThreadSetup) -> io::Result<Self> {
+    pub fn spawn(
+        name: &str,
+        device: DeviceType,
+        setup: impl FnOnce(DeviceType) -> io::Result<()> + Send + 'static,
+    ) -> io::Result<Self> {
         let stop = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
         let (orders, received) = channel();
         let (give_back, given_back) = channel();

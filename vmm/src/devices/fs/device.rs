@@ -1,0 +1,219 @@
+//! The driver sends FUSE requests in the request queue, and those that cannot wait (FORGET, INTERRUPT) in the hiprio
+//! queue; the device answers them in the same chain. The backend is a [`Share`]; one thread, which switches to the uid
+//! and gid of whoever makes a file, serves both queues.
+
+use std::io;
+use std::sync::Arc;
+
+use fuse_backend_rs::api::filesystem::{FileSystem, FsOptions};
+use fuse_backend_rs::api::server::Server;
+use serde::{Deserialize, Serialize};
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+
+use super::metrics::FsMetrics;
+use super::share::Share;
+use super::worker::FsWorker;
+use crate::snapshot::{RestoreError, Snapshot};
+use crate::virtio::queue::{QueueError, take_queues};
+use crate::virtio::worker::{ThreadSetup, Worker};
+use crate::virtio::{
+    ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, read_config_space,
+};
+
+/// Index of the queue of requests that cannot wait.
+pub const HIPRIO_QUEUE: u16 = 0;
+/// Index of the queue of all other requests.
+pub const REQUEST_QUEUE: u16 = 1;
+
+/// A request of 1 MiB has 256 buffers and some. Linux limits its requests by the size of the queue, even where it uses
+/// indirect descriptors.
+const QUEUE_SIZES: [u16; 2] = [128, 1024];
+
+/// SECBIT_NO_SETUID_FIXUP (capabilities(7)).
+const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+
+/// Why the device cannot go on, or cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum FsError {
+    /// A queue is unusable.
+    #[error("request queue")]
+    Queue(#[from] QueueError),
+    /// A tag that is empty or too long.
+    #[error("{tag:?} is no tag of 1 to {} bytes", Tag::MAX_LEN)]
+    Tag {
+        /// The tag.
+        tag: String,
+    },
+    /// The thread cannot be made.
+    #[error("cannot start the file system device")]
+    Start(#[source] io::Error),
+}
+
+/// The name by which the guest mounts a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tag(String);
+
+impl Tag {
+    /// Longest tag in bytes (virtio 1.3, 5.11.4).
+    pub const MAX_LEN: usize = 36;
+
+    /// The tag as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for Tag {
+    type Error = FsError;
+
+    fn try_from(tag: String) -> Result<Self, FsError> {
+        if tag.is_empty() || tag.len() > Self::MAX_LEN || tag.contains('\0') {
+            return Err(FsError::Tag { tag });
+        }
+        Ok(Self(tag))
+    }
+}
+
+/// The configuration space: the tag, padded with zeroes, and the number of request queues.
+const CONFIG_LEN: usize = Tag::MAX_LEN + size_of::<u32>();
+
+/// A file system device.
+#[derive(Debug)]
+pub struct FsDevice {
+    tag: Tag,
+    config: [u8; CONFIG_LEN],
+    worker: Worker<FsWorker>,
+    share: Arc<Share>,
+    metrics: Arc<FsMetrics>,
+}
+
+impl FsDevice {
+    /// Makes the device and its thread.
+    ///
+    /// The thread must run as root, and keeps its capabilities when it switches to a user of the guest, so that files
+    /// can be made by right of a supplementary group, which the host does not know of: whether they may be is for the
+    /// guest's kernel to say. For this it needs SECBIT_NO_SETUID_FIXUP, which it sets where it may.
+    ///
+    /// # Errors
+    /// When the thread cannot be made.
+    pub fn new(tag: Tag, share: Share, setup: ThreadSetup) -> Result<Self, FsError> {
+        let mut config = [0; CONFIG_LEN];
+        config[..tag.0.len()].copy_from_slice(tag.0.as_bytes());
+        config[Tag::MAX_LEN..].copy_from_slice(&1_u32.to_le_bytes());
+        let prepare = move |device| {
+            keep_capabilities_of_users();
+            setup(device)
+        };
+        Ok(Self {
+            tag,
+            config,
+            worker: Worker::spawn("fs", DeviceType::Fs, prepare).map_err(FsError::Start)?,
+            share: Arc::new(share),
+            metrics: Arc::default(),
+        })
+    }
+
+    /// The tag.
+    pub fn tag(&self) -> &Tag {
+        &self.tag
+    }
+
+    /// The device's counters.
+    pub fn metrics(&self) -> Arc<FsMetrics> {
+        Arc::clone(&self.metrics)
+    }
+}
+
+/// Lets this thread change its user without a change of its capabilities.
+fn keep_capabilities_of_users() {
+    // SAFETY: takes and changes numbers of this thread only.
+    let bits = unsafe { libc::prctl(libc::PR_GET_SECUREBITS) };
+    let wanted = libc::c_ulong::from(bits.cast_unsigned()) | NO_SETUID_FIXUP;
+    // SAFETY: as above.
+    let failed = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, wanted) } != 0;
+    if failed && bits.cast_unsigned() & 4 == 0 {
+        log::warn!(
+            "users of the guest cannot make files by right of a supplementary group: {}",
+            io::Error::last_os_error()
+        );
+    }
+}
+
+impl VirtioDevice for FsDevice {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Fs
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_space(&self.config, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let interrupt = Arc::clone(&activation.interrupt);
+        let [hiprio, requests] = take_queues(activation, [HIPRIO_QUEUE, REQUEST_QUEUE])?;
+        let server = Server::new(Arc::clone(&self.share));
+        let serve = FsWorker::new(hiprio, requests, server, Arc::clone(&self.metrics));
+        self.worker.start(serve, interrupt)
+    }
+
+    fn pause(&mut self) -> Vec<ActiveQueue> {
+        self.worker
+            .stop()
+            .map_or_else(Vec::new, FsWorker::into_queues)
+    }
+
+    fn reset(&mut self) {
+        if self.worker.stop().is_some() {
+            self.share.destroy();
+        }
+    }
+}
+
+/// What is saved of a file system device: what the guest and it agreed on. Node ids and open files are not; they stand
+/// for descriptors, and a restored guest finds them stale.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsState {
+    /// The tag.
+    pub tag: String,
+    /// The abilities that the guest claimed in FUSE_INIT, if it has sent that.
+    pub capable: Option<u64>,
+}
+
+impl Snapshot for FsDevice {
+    type State = FsState;
+
+    fn save(&self) -> FsState {
+        FsState {
+            tag: self.tag.0.clone(),
+            capable: self.share.capable(),
+        }
+    }
+
+    fn restore(&mut self, state: FsState) -> Result<(), RestoreError> {
+        let refuse = |reason| RestoreError {
+            device: "fs",
+            reason,
+        };
+        if state.tag != self.tag.0 {
+            return Err(refuse(format!(
+                "its tag is {:?}, not {:?}",
+                state.tag, self.tag.0
+            )));
+        }
+        if let Some(capable) = state.capable {
+            self.share
+                .init(FsOptions::from_bits_truncate(capable))
+                .map_err(|err| refuse(format!("the shared folder cannot be opened: {err}")))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,347 @@
+//! A folder as a FUSE file system: fuse-backend-rs's passthrough, between us and a guest that may send anything.
+//!
+//! The library trusts its client in a few places, which this type takes care of; all else goes straight through:
+//! - sizes: GETXATTR and LISTXATTR allocate what the guest asks for. Here it is at most what Linux can have.
+//! - flags: CREATE, OPEN, READ and WRITE hand flags on to openat(2) and fcntl(2). O_PATH would drop O_EXCL and with it the
+//!   refusal to follow a symbolic link. Here only flags that a FUSE client has reason to send pass.
+//! - "..": LOOKUP follows it anywhere but in the root. Here nowhere: no client of ours needs it (it serves NFS exports).
+//! - open files: as many as there are descriptors. Here there is a limit that leaves some for the rest of the process.
+//! - abilities: without a further word it agrees to writes of 4 KiB. Here the large ones are agreed to as well.
+
+use std::ffi::CStr;
+use std::fmt;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
+use fuse_backend_rs::api::filesystem::{
+    Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
+    SetattrValid, ZeroCopyReader, ZeroCopyWriter,
+};
+use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
+
+/// How long the guest may take names and attributes for valid without asking. The host may change the folder too; this
+/// is how stale the guest's view of that can be. virtiofsd's default.
+const TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Most files and folders that the guest may have open, its looked-up ones (which FORGET ends) not counted.
+const MAX_OPEN: usize = 64 * 1024;
+
+/// XATTR_SIZE_MAX and XATTR_LIST_MAX of Linux.
+const MAX_XATTR: u32 = 64 * 1024;
+
+/// What a client may want of an open file. O_CREAT, O_NOFOLLOW, O_PATH, O_TMPFILE, O_NOCTTY and O_ASYNC are not among it.
+const OPEN_FLAGS: i32 = libc::O_ACCMODE
+    | libc::O_APPEND
+    | libc::O_DIRECT
+    | libc::O_DIRECTORY
+    | libc::O_DSYNC
+    | libc::O_EXCL
+    | libc::O_LARGEFILE
+    | libc::O_NOATIME
+    | libc::O_NONBLOCK
+    | libc::O_SYNC
+    | libc::O_TRUNC;
+
+/// What is agreed to beside what the library asks for.
+const OPTIONS: FsOptions = FsOptions::ASYNC_READ
+    .union(FsOptions::BIG_WRITES)
+    .union(FsOptions::MAX_PAGES)
+    .union(FsOptions::ATOMIC_O_TRUNC)
+    .union(FsOptions::AUTO_INVAL_DATA)
+    .union(FsOptions::PARALLEL_DIROPS)
+    .union(FsOptions::ASYNC_DIO);
+
+/// A shared folder.
+///
+/// Uids and gids are the host's and the guest's alike. Files are made as the user who asks; all else is done with the
+/// thread's own rights, since the guest's kernel has checked the user's (the mount has `default_permissions`).
+pub struct Share {
+    fs: PassthroughFs,
+    open: AtomicUsize,
+    /// The abilities that the guest claimed at the last INIT, zero before it.
+    capable: AtomicU64,
+}
+
+impl fmt::Debug for Share {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Share")
+            .field("open", &self.open)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Share {
+    /// Shares `root`. The path is resolved when the guest mounts the file system, and so may be one inside a jail that
+    /// the process has yet to enter. /proc must be there now; /proc/self/fd also later, for extended attributes.
+    ///
+    /// # Errors
+    /// When /proc/self cannot be opened, or the path is not UTF-8.
+    pub fn new(root: &Path) -> io::Result<Self> {
+        let root_dir = root.to_str().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        let fs = PassthroughFs::new(Config {
+            root_dir,
+            entry_timeout: TIMEOUT,
+            attr_timeout: TIMEOUT,
+            // Pages are dropped at an open after the file's time stamp has changed: close-to-open, like NFS.
+            cache_policy: CachePolicy::Auto,
+            writeback: false,
+            xattr: true,
+            // Writes clear setuid bits on the host in the same breath, without a request of their own.
+            killpriv_v2: true,
+            // The guest's O_DIRECT is about the guest's cache.
+            allow_direct_io: false,
+            ..Config::default()
+        })?;
+        Ok(Self {
+            fs,
+            open: AtomicUsize::new(0),
+            capable: AtomicU64::new(0),
+        })
+    }
+
+    /// The abilities that the guest claimed at the last INIT. `None` before it.
+    pub(super) fn capable(&self) -> Option<u64> {
+        Some(self.capable.load(Ordering::Relaxed)).filter(|capable| *capable != 0)
+    }
+
+    /// Runs `open` unless too many files are open.
+    fn opening<T>(&self, open: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        if self.open.fetch_add(1, Ordering::Relaxed) >= MAX_OPEN {
+            self.open.fetch_sub(1, Ordering::Relaxed);
+            return Err(io::Error::from_raw_os_error(libc::ENFILE));
+        }
+        open().inspect_err(|_| {
+            self.open.fetch_sub(1, Ordering::Relaxed);
+        })
+    }
+
+    fn closed(&self, result: io::Result<()>) -> io::Result<()> {
+        result.inspect(|()| {
+            self.open.fetch_sub(1, Ordering::Relaxed);
+        })
+    }
+}
+
+/// The flags of `flags` that may pass.
+fn open_flags(flags: u32) -> u32 {
+    flags & OPEN_FLAGS.cast_unsigned()
+}
+
+/// Methods that the passthrough file system may have as they are.
+macro_rules! pass_through {
+    ($(fn $name:ident(&self $(, $arg:ident: $type:ty)* $(,)?) $(-> $out:ty)?;)*) => {
+        $(fn $name(&self $(, $arg: $type)*) $(-> $out)? {
+            self.fs.$name($($arg),*)
+        })*
+    };
+}
+
+impl FileSystem for Share {
+    type Inode = u64;
+    type Handle = u64;
+
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        let wanted = self.fs.init(capable)?;
+        self.capable.store(capable.bits(), Ordering::Relaxed);
+        Ok(wanted | OPTIONS)
+    }
+
+    fn destroy(&self) {
+        self.fs.destroy();
+        self.open.store(0, Ordering::Relaxed);
+    }
+
+    fn lookup(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
+        if name == c".." {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        self.fs.lookup(ctx, parent, name)
+    }
+
+    fn open(
+        &self,
+        ctx: &Context,
+        inode: u64,
+        flags: u32,
+        fuse_flags: u32,
+    ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
+        self.opening(|| self.fs.open(ctx, inode, open_flags(flags), fuse_flags))
+    }
+
+    fn opendir(
+        &self,
+        ctx: &Context,
+        inode: u64,
+        flags: u32,
+    ) -> io::Result<(Option<u64>, OpenOptions)> {
+        self.opening(|| self.fs.opendir(ctx, inode, open_flags(flags)))
+    }
+
+    fn create(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        args: CreateIn,
+    ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
+        let args = CreateIn {
+            flags: open_flags(args.flags),
+            ..args
+        };
+        self.opening(|| self.fs.create(ctx, parent, name, args))
+    }
+
+    fn release(
+        &self,
+        ctx: &Context,
+        inode: u64,
+        flags: u32,
+        handle: u64,
+        flush: bool,
+        flock_release: bool,
+        lock_owner: Option<u64>,
+    ) -> io::Result<()> {
+        self.closed(
+            self.fs
+                .release(ctx, inode, flags, handle, flush, flock_release, lock_owner),
+        )
+    }
+
+    fn releasedir(&self, ctx: &Context, inode: u64, flags: u32, handle: u64) -> io::Result<()> {
+        self.closed(self.fs.releasedir(ctx, inode, flags, handle))
+    }
+
+    fn read(
+        &self,
+        ctx: &Context,
+        inode: u64,
+        handle: u64,
+        w: &mut dyn ZeroCopyWriter,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        flags: u32,
+    ) -> io::Result<usize> {
+        let flags = open_flags(flags);
+        self.fs
+            .read(ctx, inode, handle, w, size, offset, lock_owner, flags)
+    }
+
+    fn write(
+        &self,
+        ctx: &Context,
+        inode: u64,
+        handle: u64,
+        r: &mut dyn ZeroCopyReader,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        delayed_write: bool,
+        flags: u32,
+        fuse_flags: u32,
+    ) -> io::Result<usize> {
+        let flags = open_flags(flags);
+        self.fs.write(
+            ctx,
+            inode,
+            handle,
+            r,
+            size,
+            offset,
+            lock_owner,
+            delayed_write,
+            flags,
+            fuse_flags,
+        )
+    }
+
+    fn getxattr(
+        &self,
+        ctx: &Context,
+        inode: u64,
+        name: &CStr,
+        size: u32,
+    ) -> io::Result<GetxattrReply> {
+        self.fs.getxattr(ctx, inode, name, size.min(MAX_XATTR))
+    }
+
+    fn listxattr(&self, ctx: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
+        self.fs.listxattr(ctx, inode, size.min(MAX_XATTR))
+    }
+
+    pass_through! {
+        fn forget(&self, ctx: &Context, inode: u64, count: u64);
+        fn batch_forget(&self, ctx: &Context, requests: Vec<(u64, u64)>);
+        fn getattr(&self, ctx: &Context, inode: u64, handle: Option<u64>) -> io::Result<(stat64, Duration)>;
+        fn setattr(
+            &self,
+            ctx: &Context,
+            inode: u64,
+            attr: stat64,
+            handle: Option<u64>,
+            valid: SetattrValid,
+        ) -> io::Result<(stat64, Duration)>;
+        fn readlink(&self, ctx: &Context, inode: u64) -> io::Result<Vec<u8>>;
+        fn symlink(&self, ctx: &Context, linkname: &CStr, parent: u64, name: &CStr) -> io::Result<Entry>;
+        fn mknod(
+            &self,
+            ctx: &Context,
+            inode: u64,
+            name: &CStr,
+            mode: u32,
+            rdev: u32,
+            umask: u32,
+        ) -> io::Result<Entry>;
+        fn mkdir(&self, ctx: &Context, parent: u64, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry>;
+        fn unlink(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()>;
+        fn rmdir(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()>;
+        fn rename(
+            &self,
+            ctx: &Context,
+            olddir: u64,
+            oldname: &CStr,
+            newdir: u64,
+            newname: &CStr,
+            flags: u32,
+        ) -> io::Result<()>;
+        fn link(&self, ctx: &Context, inode: u64, newparent: u64, newname: &CStr) -> io::Result<Entry>;
+        fn flush(&self, ctx: &Context, inode: u64, handle: u64, lock_owner: u64) -> io::Result<()>;
+        fn fsync(&self, ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()>;
+        fn fsyncdir(&self, ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()>;
+        fn fallocate(
+            &self,
+            ctx: &Context,
+            inode: u64,
+            handle: u64,
+            mode: u32,
+            offset: u64,
+            length: u64,
+        ) -> io::Result<()>;
+        fn statfs(&self, ctx: &Context, inode: u64) -> io::Result<statvfs64>;
+        fn setxattr(&self, ctx: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()>;
+        fn removexattr(&self, ctx: &Context, inode: u64, name: &CStr) -> io::Result<()>;
+        fn readdir(
+            &self,
+            ctx: &Context,
+            inode: u64,
+            handle: u64,
+            size: u32,
+            offset: u64,
+            add_entry: &mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>,
+        ) -> io::Result<()>;
+        fn readdirplus(
+            &self,
+            ctx: &Context,
+            inode: u64,
+            handle: u64,
+            size: u32,
+            offset: u64,
+            add_entry: &mut dyn FnMut(DirEntry<'_>, Entry) -> io::Result<usize>,
+        ) -> io::Result<()>;
+        fn access(&self, ctx: &Context, inode: u64, mask: u32) -> io::Result<()>;
+        fn lseek(&self, ctx: &Context, inode: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64>;
+    }
+}

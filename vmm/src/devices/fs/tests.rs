@@ -1,0 +1,689 @@
+//! Tests of the file system device, by a driver that plays a guest's FUSE client, honest or not.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+
+use fuse_backend_rs::abi::fuse_abi::{
+    AttrOut, CreateIn, EntryOut, GetattrIn, GetxattrIn, InHeader, InitIn, InitIn2, InitOut,
+    MkdirIn, Opcode, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, SetattrIn, SetxattrIn, WriteIn,
+    WriteOut,
+};
+use fuse_backend_rs::api::filesystem::{FsOptions, ROOT_ID};
+use proptest::prelude::*;
+use tempfile::TempDir;
+use vm_memory::ByteValued;
+
+use super::{FsDevice, HIPRIO_QUEUE, REQUEST_QUEUE, Share, Tag};
+use crate::snapshot::Snapshot;
+use crate::virtio::VirtioDevice;
+use crate::virtio::testing::{Buffer, Driver};
+
+const FLAGS: i32 = libc::O_RDWR;
+
+struct Guest {
+    device: FsDevice,
+    driver: Driver,
+    folder: TempDir,
+    uid: u32,
+    gid: u32,
+}
+
+type Answer = Result<Vec<u8>, i32>;
+
+fn device(folder: &Path) -> FsDevice {
+    let tag = Tag::try_from("husk".to_owned()).unwrap();
+    FsDevice::new(tag, Share::new(folder).unwrap(), |_| Ok(())).unwrap()
+}
+
+fn object<T: ByteValued>(bytes: &[u8]) -> T {
+    let mut object = T::zeroed();
+    object
+        .as_mut_slice()
+        .copy_from_slice(&bytes[..size_of::<T>()]);
+    object
+}
+
+fn named(body: &[u8], name: &str) -> Vec<u8> {
+    [body, name.as_bytes(), b"\0"].concat()
+}
+
+impl Guest {
+    fn new() -> Self {
+        let folder = TempDir::new().unwrap();
+        let mut device = device(folder.path());
+        let driver = Driver::activate(&mut device);
+        Self {
+            device,
+            driver,
+            folder,
+            uid: 0,
+            gid: 0,
+        }
+    }
+
+    fn mounted() -> Self {
+        let mut guest = Self::new();
+        guest.init();
+        guest
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn header(&self, opcode: u32, node: u64, body: usize) -> InHeader {
+        InHeader {
+            len: u32::try_from(size_of::<InHeader>() + body).unwrap(),
+            opcode,
+            unique: 77,
+            nodeid: node,
+            uid: self.uid,
+            gid: self.gid,
+            ..InHeader::default()
+        }
+    }
+
+    /// Sends a request, with room for `room` bytes after the header of the answer.
+    fn ask(&mut self, opcode: Opcode, node: u64, body: &[u8], room: usize) -> Answer {
+        let header = self.header(opcode as u32, node, body.len());
+        self.ask_raw(&[header.as_slice(), body], &[size_of::<OutHeader>(), room])
+    }
+
+    fn ask_raw(&mut self, request: &[&[u8]], room: &[usize]) -> Answer {
+        let used = self.driver.request(REQUEST_QUEUE, request, room);
+        assert!(used.bytes.len() >= size_of::<OutHeader>(), "no answer");
+        let header: OutHeader = object(&used.bytes);
+        assert_eq!(header.unique, 77);
+        assert_eq!(header.len, used.written);
+        if header.error != 0 {
+            return Err(-header.error);
+        }
+        Ok(used.bytes[size_of::<OutHeader>()..].to_vec())
+    }
+
+    fn init(&mut self) -> InitOut {
+        let capable = FsOptions::all().bits();
+        let body = InitIn {
+            major: 7,
+            minor: 38,
+            max_readahead: 1 << 17,
+            flags: u32::try_from(capable & u64::from(u32::MAX)).unwrap(),
+        };
+        let more = InitIn2 {
+            flags2: u32::try_from(capable >> 32).unwrap(),
+            unused: [0; 11],
+        };
+        let body = [body.as_slice(), more.as_slice()].concat();
+        object(&self.ask(Opcode::Init, 0, &body, 256).unwrap())
+    }
+
+    fn lookup(&mut self, parent: u64, name: &str) -> Result<EntryOut, i32> {
+        self.ask(Opcode::Lookup, parent, &named(&[], name), 256)
+            .map(|bytes| object(&bytes))
+    }
+
+    fn create(&mut self, parent: u64, name: &str, flags: i32) -> Result<(EntryOut, OpenOut), i32> {
+        let body = CreateIn {
+            flags: flags.cast_unsigned(),
+            mode: libc::S_IFREG | 0o644,
+            ..CreateIn::default()
+        };
+        let bytes = self.ask(Opcode::Create, parent, &named(body.as_slice(), name), 256)?;
+        Ok((object(&bytes), object(&bytes[size_of::<EntryOut>()..])))
+    }
+
+    fn open(&mut self, node: u64, flags: i32) -> Result<OpenOut, i32> {
+        let body = OpenIn {
+            flags: flags.cast_unsigned(),
+            ..OpenIn::default()
+        };
+        self.ask(Opcode::Open, node, body.as_slice(), 64)
+            .map(|bytes| object(&bytes))
+    }
+
+    fn read(&mut self, node: u64, fh: u64, offset: u64, size: u32, room: usize) -> Answer {
+        let body = ReadIn {
+            fh,
+            offset,
+            size,
+            flags: FLAGS.cast_unsigned(),
+            ..ReadIn::default()
+        };
+        self.ask(Opcode::Read, node, body.as_slice(), room)
+    }
+
+    fn write(&mut self, node: u64, fh: u64, offset: u64, bytes: &[u8]) -> Result<u32, i32> {
+        let body = WriteIn {
+            fh,
+            offset,
+            size: u32::try_from(bytes.len()).unwrap(),
+            flags: FLAGS.cast_unsigned(),
+            ..WriteIn::default()
+        };
+        let header = self.header(
+            Opcode::Write as u32,
+            node,
+            size_of::<WriteIn>() + bytes.len(),
+        );
+        // Pages, as Linux sends them.
+        let mut request = vec![header.as_slice(), body.as_slice()];
+        request.extend(bytes.chunks(4096));
+        let answer = self.ask_raw(&request, &[size_of::<OutHeader>(), 64])?;
+        Ok(object::<WriteOut>(&answer).size)
+    }
+
+    fn unlink(&mut self, parent: u64, name: &str) -> Answer {
+        self.ask(Opcode::Unlink, parent, &named(&[], name), 0)
+    }
+
+    fn forget(&mut self, node: u64, nlookup: u64) {
+        let header = self.header(Opcode::Forget as u32, node, 8);
+        let used = self.driver.request(
+            HIPRIO_QUEUE,
+            &[header.as_slice(), &nlookup.to_le_bytes()],
+            &[],
+        );
+        assert_eq!(used.written, 0);
+    }
+}
+
+/// Tests that act for other users need root, as the worker has.
+fn without_root() -> bool {
+    let without = !rustix::process::geteuid().is_root();
+    if without {
+        eprintln!("skipped: not root, and so no files of other users can be made");
+    }
+    without
+}
+
+#[test]
+fn configuration_space_holds_tag_and_queues() {
+    let folder = TempDir::new().unwrap();
+    let device = device(folder.path());
+    let mut bytes = [0xff; 44];
+    device.read_config(0, &mut bytes);
+    assert_eq!(&bytes[..5], b"husk\0");
+    assert_eq!(bytes[36..40], 1_u32.to_le_bytes());
+    assert_eq!(bytes[40..], [0; 4]);
+    assert!(Tag::try_from(String::new()).is_err());
+    assert!(Tag::try_from("x".repeat(37)).is_err());
+}
+
+#[test]
+fn init_agrees_to_large_requests() {
+    let mut guest = Guest::new();
+    let out = guest.init();
+    assert_eq!((out.major, out.max_write, out.max_pages), (7, 1 << 20, 256));
+    let flags = FsOptions::from_bits_truncate(u64::from(out.flags) | u64::from(out.flags2) << 32);
+    assert!(flags.contains(
+        FsOptions::BIG_WRITES | FsOptions::AUTO_INVAL_DATA | FsOptions::HANDLE_KILLPRIV_V2
+    ));
+    assert!(!flags.intersects(
+        FsOptions::WRITEBACK_CACHE
+            | FsOptions::ZERO_MESSAGE_OPEN
+            | FsOptions::POSIX_LOCKS
+            | FsOptions::FLOCK_LOCKS
+            | FsOptions::EXPORT_SUPPORT
+    ));
+}
+
+#[test]
+fn file_is_found_opened_and_read() {
+    let mut guest = Guest::mounted();
+    fs::create_dir(guest.path("dir")).unwrap();
+    fs::write(guest.path("dir/file"), "content").unwrap();
+    let dir = guest.lookup(ROOT_ID, "dir").unwrap();
+    let file = guest.lookup(dir.nodeid, "file").unwrap();
+    assert_eq!(file.attr.size, 7);
+    let fh = guest.open(file.nodeid, libc::O_RDONLY).unwrap().fh;
+    assert_eq!(guest.read(file.nodeid, fh, 3, 4096, 4096).unwrap(), b"tent");
+    assert_eq!(guest.lookup(ROOT_ID, "nothing").unwrap_err(), libc::ENOENT);
+}
+
+#[test]
+fn file_is_made_and_written() {
+    let mut guest = Guest::mounted();
+    let (entry, open) = guest
+        .create(ROOT_ID, "new", libc::O_CREAT | libc::O_RDWR)
+        .unwrap();
+    assert_eq!(guest.write(entry.nodeid, open.fh, 0, b"hello").unwrap(), 5);
+    assert_eq!(fs::read(guest.path("new")).unwrap(), b"hello");
+    let again = guest.create(ROOT_ID, "new", libc::O_CREAT | libc::O_EXCL | libc::O_RDWR);
+    assert_eq!(again.unwrap_err(), libc::EEXIST);
+}
+
+#[test]
+fn mebibyte_is_written_and_read_in_one_request() {
+    let mut guest = Guest::mounted();
+    let (entry, open) = guest
+        .create(ROOT_ID, "big", libc::O_CREAT | libc::O_RDWR)
+        .unwrap();
+    let bytes: Vec<u8> = (0..1 << 20)
+        .map(|i: u32| (i ^ i >> 9).to_le_bytes()[0])
+        .collect();
+    assert_eq!(
+        guest.write(entry.nodeid, open.fh, 0, &bytes).unwrap(),
+        1 << 20
+    );
+    let header = guest.header(Opcode::Read as u32, entry.nodeid, size_of::<ReadIn>());
+    let body = ReadIn {
+        fh: open.fh,
+        size: 1 << 20,
+        flags: FLAGS.cast_unsigned(),
+        ..ReadIn::default()
+    };
+    let mut room = vec![size_of::<OutHeader>()];
+    room.extend([4096; 256]);
+    let answer = guest
+        .ask_raw(&[header.as_slice(), body.as_slice()], &room)
+        .unwrap();
+    assert!(answer == bytes);
+}
+
+#[test]
+fn files_belong_to_who_makes_them() {
+    if without_root() {
+        return;
+    }
+    let mut guest = Guest::mounted();
+    fs::set_permissions(guest.folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    (guest.uid, guest.gid) = (1234, 5678);
+    guest
+        .create(ROOT_ID, "file", libc::O_CREAT | libc::O_RDWR)
+        .unwrap();
+    let dir = MkdirIn {
+        mode: 0o2755,
+        umask: 0,
+    };
+    guest
+        .ask(Opcode::Mkdir, ROOT_ID, &named(dir.as_slice(), "dir"), 256)
+        .unwrap();
+    for name in ["file", "dir"] {
+        let metadata = fs::metadata(guest.path(name)).unwrap();
+        assert_eq!((metadata.uid(), metadata.gid()), (1234, 5678), "{name}");
+    }
+    // The thread is root again.
+    (guest.uid, guest.gid) = (0, 0);
+    guest
+        .create(ROOT_ID, "root", libc::O_CREAT | libc::O_RDWR)
+        .unwrap();
+    assert_eq!(fs::metadata(guest.path("root")).unwrap().uid(), 0);
+}
+
+#[test]
+fn files_can_be_made_by_right_of_a_supplementary_group() {
+    if without_root() {
+        return;
+    }
+    let mut guest = Guest::mounted();
+    // The guest's kernel knows that user 1000 is also in group 2000; the host does not.
+    fs::create_dir(guest.path("volume")).unwrap();
+    std::os::unix::fs::chown(guest.path("volume"), Some(0), Some(2000)).unwrap();
+    fs::set_permissions(guest.path("volume"), fs::Permissions::from_mode(0o770)).unwrap();
+    let volume = guest.lookup(ROOT_ID, "volume").unwrap();
+    (guest.uid, guest.gid) = (1000, 1000);
+    guest
+        .create(volume.nodeid, "file", libc::O_CREAT | libc::O_RDWR)
+        .unwrap();
+    assert_eq!(fs::metadata(guest.path("volume/file")).unwrap().uid(), 1000);
+}
+
+#[test]
+fn unlinked_file_lives_while_it_is_open() {
+    let mut guest = Guest::mounted();
+    let (entry, open) = guest
+        .create(ROOT_ID, "gone", libc::O_CREAT | libc::O_RDWR)
+        .unwrap();
+    guest.unlink(ROOT_ID, "gone").unwrap();
+    guest
+        .write(entry.nodeid, open.fh, 0, b"still here")
+        .unwrap();
+    assert_eq!(
+        guest.read(entry.nodeid, open.fh, 0, 64, 64).unwrap(),
+        b"still here"
+    );
+    let attr: AttrOut = object(
+        &guest
+            .ask(
+                Opcode::Getattr,
+                entry.nodeid,
+                GetattrIn::default().as_slice(),
+                256,
+            )
+            .unwrap(),
+    );
+    assert_eq!((attr.attr.size, attr.attr.nlink), (10, 0));
+    let truncate = SetattrIn {
+        valid: 1 << 3,
+        size: 5,
+        ..SetattrIn::default()
+    };
+    guest
+        .ask(Opcode::Setattr, entry.nodeid, truncate.as_slice(), 256)
+        .unwrap();
+    assert_eq!(
+        guest.read(entry.nodeid, open.fh, 0, 64, 64).unwrap(),
+        b"still"
+    );
+    // A new file of the same name is another one.
+    let (other, _) = guest
+        .create(ROOT_ID, "gone", libc::O_CREAT | libc::O_RDWR)
+        .unwrap();
+    assert_ne!(other.nodeid, entry.nodeid);
+    let release = ReleaseIn {
+        fh: open.fh,
+        ..ReleaseIn::default()
+    };
+    guest
+        .ask(Opcode::Release, entry.nodeid, release.as_slice(), 0)
+        .unwrap();
+    guest.forget(entry.nodeid, 1);
+    let attr = guest.ask(
+        Opcode::Getattr,
+        entry.nodeid,
+        GetattrIn::default().as_slice(),
+        256,
+    );
+    assert_eq!(attr.unwrap_err(), libc::EBADF);
+}
+
+#[test]
+fn names_do_not_lead_out_of_the_folder() {
+    let mut guest = Guest::mounted();
+    fs::create_dir(guest.path("dir")).unwrap();
+    let dir = guest.lookup(ROOT_ID, "dir").unwrap().nodeid;
+    for parent in [ROOT_ID, dir] {
+        for name in ["..", "../..", "/etc/passwd", "a/b", "../etc", "/"] {
+            assert_eq!(
+                guest.lookup(parent, name).unwrap_err(),
+                libc::EINVAL,
+                "{name}"
+            );
+        }
+        for name in ["..", ".", "../x", "/tmp/husk-escape", "a/b"] {
+            assert!(
+                guest
+                    .create(parent, name, libc::O_CREAT | libc::O_RDWR)
+                    .is_err()
+            );
+            assert!(guest.unlink(parent, name).is_err());
+            let mkdir = named(
+                MkdirIn {
+                    mode: 0o755,
+                    umask: 0,
+                }
+                .as_slice(),
+                name,
+            );
+            assert!(guest.ask(Opcode::Mkdir, parent, &mkdir, 256).is_err());
+            let link = [named(&[], name), named(&[], "target")].concat();
+            assert!(guest.ask(Opcode::Symlink, parent, &link, 256).is_err());
+            let rename = [named(&ROOT_ID.to_le_bytes(), "dir"), named(&[], name)].concat();
+            assert!(guest.ask(Opcode::Rename, parent, &rename, 0).is_err());
+        }
+    }
+    assert!(guest.path("dir").is_dir());
+}
+
+#[test]
+fn symbolic_links_are_not_followed() {
+    let mut guest = Guest::mounted();
+    let outside = TempDir::new().unwrap();
+    fs::write(outside.path().join("secret"), "secret").unwrap();
+    symlink(outside.path().join("secret"), guest.path("file")).unwrap();
+    symlink(outside.path(), guest.path("folder")).unwrap();
+    let file = guest.lookup(ROOT_ID, "file").unwrap();
+    assert_eq!(file.attr.mode & libc::S_IFMT, libc::S_IFLNK);
+    assert_eq!(
+        guest.open(file.nodeid, libc::O_RDONLY).unwrap_err(),
+        libc::EBADF
+    );
+    for flags in [0, libc::O_PATH, libc::O_TMPFILE, libc::O_TRUNC] {
+        let opened = guest.create(ROOT_ID, "file", libc::O_CREAT | libc::O_RDWR | flags);
+        assert!(opened.is_err(), "{flags:o}");
+    }
+    let folder = guest.lookup(ROOT_ID, "folder").unwrap();
+    assert_eq!(
+        guest.lookup(folder.nodeid, "secret").unwrap_err(),
+        libc::ENOTDIR
+    );
+    assert!(
+        guest
+            .create(folder.nodeid, "new", libc::O_CREAT | libc::O_RDWR)
+            .is_err()
+    );
+    assert_eq!(fs::read(outside.path().join("secret")).unwrap(), b"secret");
+}
+
+#[test]
+fn special_files_are_not_opened() {
+    let mut guest = Guest::mounted();
+    let mode = rustix::fs::Mode::from_raw_mode(0o644);
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        guest.path("fifo"),
+        rustix::fs::FileType::Fifo,
+        mode,
+        0,
+    )
+    .unwrap();
+    let fifo = guest.lookup(ROOT_ID, "fifo").unwrap();
+    // This would block the device for ever.
+    assert_eq!(
+        guest.open(fifo.nodeid, libc::O_RDONLY).unwrap_err(),
+        libc::EBADF
+    );
+}
+
+#[test]
+fn extended_attributes_are_stored_and_absurd_sizes_do_no_harm() {
+    let mut guest = Guest::mounted();
+    let (entry, _) = guest
+        .create(ROOT_ID, "x", libc::O_CREAT | libc::O_RDWR)
+        .unwrap();
+    let set = SetxattrIn { size: 5, flags: 0 };
+    let body = [named(set.as_slice(), "user.husk"), b"value".to_vec()].concat();
+    match guest.ask(Opcode::Setxattr, entry.nodeid, &body, 0) {
+        Err(libc::EOPNOTSUPP) => {
+            return eprintln!("skipped: the temporary folder has no user attributes");
+        }
+        result => result.unwrap(),
+    };
+    for size in [5, 4096, u32::MAX] {
+        let get = GetxattrIn { size, padding: 0 };
+        let value = guest
+            .ask(
+                Opcode::Getxattr,
+                entry.nodeid,
+                &named(get.as_slice(), "user.husk"),
+                4096,
+            )
+            .unwrap();
+        assert_eq!(value, b"value");
+        let list = guest.ask(Opcode::Listxattr, entry.nodeid, get.as_slice(), 4096);
+        if size > 9 {
+            assert!(
+                list.unwrap()
+                    .windows(10)
+                    .any(|window| window == b"user.husk\0")
+            );
+        }
+    }
+}
+
+#[test]
+fn absurd_sizes_are_refused() {
+    let mut guest = Guest::mounted();
+    let (entry, open) = guest
+        .create(ROOT_ID, "x", libc::O_CREAT | libc::O_RDWR)
+        .unwrap();
+    guest.write(entry.nodeid, open.fh, 0, b"abc").unwrap();
+    guest
+        .read(entry.nodeid, open.fh, 0, u32::MAX, 64)
+        .expect_err("there is no room for that");
+    guest
+        .read(entry.nodeid, open.fh, u64::MAX, 64, 64)
+        .expect_err("there is no such offset");
+    let dir: OpenOut = object(
+        &guest
+            .ask(Opcode::Opendir, ROOT_ID, OpenIn::default().as_slice(), 64)
+            .unwrap(),
+    );
+    let readdir = ReadIn {
+        fh: dir.fh,
+        size: u32::MAX,
+        ..ReadIn::default()
+    };
+    for opcode in [Opcode::Readdir, Opcode::Readdirplus] {
+        let answer = guest.ask(opcode, ROOT_ID, readdir.as_slice(), 4096);
+        assert_eq!(answer.unwrap_err(), libc::ENOMEM);
+    }
+    // A header that claims more than there is.
+    let mut header = guest.header(Opcode::Lookup as u32, ROOT_ID, 0);
+    for len in [0, 39, 40, 41, 4096, 1 << 20, u32::MAX] {
+        header.len = len;
+        // Some are refused, some are read as a shorter name; all are answered.
+        let _ = guest.ask_raw(&[header.as_slice(), b"x\0"], &[16, 256]);
+    }
+    // Forgetting more than there can be.
+    let header = guest.header(Opcode::BatchForget as u32, 0, 8);
+    let used = guest.driver.request(
+        HIPRIO_QUEUE,
+        &[header.as_slice(), &u32::MAX.to_le_bytes(), &[0; 4]],
+        &[],
+    );
+    assert_eq!(used.written, 0);
+    guest.forget(ROOT_ID, u64::MAX);
+    guest.lookup(ROOT_ID, "x").unwrap();
+}
+
+#[test]
+fn unknown_requests_are_answered() {
+    let mut guest = Guest::mounted();
+    for opcode in [0, 7, 48, 49, 100, 4096, u32::MAX] {
+        let header = guest.header(opcode, ROOT_ID, 64);
+        let answer = guest.ask_raw(&[header.as_slice(), &[0; 64]], &[16, 4096]);
+        assert!(answer.is_err(), "{opcode}");
+    }
+}
+
+#[test]
+fn malformed_chains_are_returned_and_serving_goes_on() {
+    let mut guest = Guest::mounted();
+    for queue in [HIPRIO_QUEUE, REQUEST_QUEUE] {
+        for chain in guest.driver.hostile_chains() {
+            guest.driver.submit_raw(queue, &chain);
+        }
+        assert_eq!(guest.driver.request(queue, &[&[0; 39]], &[64]).written, 0);
+        assert_eq!(guest.driver.request(queue, &[], &[64]).written, 0);
+        // Room without end, by the same buffer again and again, would be allocated for a folder's content.
+        let header = guest.header(Opcode::Statfs as u32, ROOT_ID, 0);
+        let used = guest
+            .driver
+            .request(queue, &[header.as_slice()], &[1 << 20, 1 << 20]);
+        assert_eq!(used.written, 0);
+    }
+    // An answer that does not fit.
+    let header = guest.header(Opcode::Statfs as u32, ROOT_ID, 0);
+    let used = guest
+        .driver
+        .request(REQUEST_QUEUE, &[header.as_slice()], &[8]);
+    assert!(used.written <= 8);
+    assert!(guest.device.metrics().bad_chains.get() > 10);
+    guest.ask(Opcode::Statfs, ROOT_ID, &[], 256).unwrap();
+}
+
+#[test]
+fn reset_closes_what_was_open() {
+    let mut guest = Guest::mounted();
+    let (entry, open) = guest
+        .create(ROOT_ID, "x", libc::O_CREAT | libc::O_RDWR)
+        .unwrap();
+    guest.device.reset();
+    guest.driver = Driver::activate(&mut guest.device);
+    guest.init();
+    assert_eq!(
+        guest.read(entry.nodeid, open.fh, 0, 8, 8).unwrap_err(),
+        libc::EBADF
+    );
+    guest.lookup(ROOT_ID, "x").unwrap();
+}
+
+#[test]
+fn paused_device_keeps_what_is_open() {
+    let mut guest = Guest::mounted();
+    let (entry, open) = guest
+        .create(ROOT_ID, "x", libc::O_CREAT | libc::O_RDWR)
+        .unwrap();
+    let queues = guest.device.pause();
+    guest.driver.reactivate(&mut guest.device, queues);
+    guest.write(entry.nodeid, open.fh, 0, b"after").unwrap();
+    assert_eq!(fs::read(guest.path("x")).unwrap(), b"after");
+}
+
+#[test]
+fn restored_device_serves_a_guest_that_has_mounted_it() {
+    let mut guest = Guest::mounted();
+    fs::write(guest.path("file"), "x").unwrap();
+    let queues = guest.device.pause();
+    let state = guest.device.save();
+    assert!(state.capable.is_some());
+    let json = serde_json::to_string(&state).unwrap();
+    let mut restored = device(guest.folder.path());
+    restored
+        .restore(serde_json::from_str(&json).unwrap())
+        .unwrap();
+    assert_eq!(restored.save(), state);
+    guest.driver.reactivate(&mut restored, queues);
+    guest.device = restored;
+    guest.lookup(ROOT_ID, "file").unwrap();
+
+    let mut other = state.clone();
+    other.tag = "other".to_owned();
+    assert!(guest.device.restore(other).is_err());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Whatever a guest sends, the device answers the next honest request. No opcode that makes files is among what is
+    /// sent: names would be random, but they would be made.
+    #[test]
+    fn no_sequence_of_requests_stops_the_device(
+        requests in prop::collection::vec(
+            (0_u32..53, 0_u64..4, prop::collection::vec(any::<u8>(), 0..200), 0_usize..5000, any::<bool>()),
+            1..40,
+        )
+    ) {
+        let mut guest = Guest::mounted();
+        fs::write(guest.path("file"), "content").unwrap();
+        guest.lookup(ROOT_ID, "file").unwrap();
+        for (opcode, node, mut body, room, ends) in requests {
+            if ends {
+                body.push(0);
+            }
+            let header = guest.header(opcode, node, body.len());
+            guest.driver.request(REQUEST_QUEUE, &[header.as_slice(), &body], &[16, room]);
+        }
+        guest.init();
+        prop_assert!(guest.ask(Opcode::Statfs, ROOT_ID, &[], 256).is_ok());
+    }
+}
+
+#[test]
+fn indirect_chains_are_served() {
+    let mut guest = Guest::mounted();
+    let header = guest.header(Opcode::Statfs as u32, ROOT_ID, 0);
+    let head = guest.driver.make_indirect_available(
+        REQUEST_QUEUE,
+        &[
+            Buffer::read(header.as_slice()),
+            Buffer::write(16),
+            Buffer::write(128),
+        ],
+    );
+    guest.driver.kick_if_wanted(REQUEST_QUEUE);
+    let used = guest.driver.wait_used(REQUEST_QUEUE, head);
+    assert!(used.written > 16);
+}
