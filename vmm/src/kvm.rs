@@ -1,11 +1,34 @@
-//! The part of KVM that devices need, behind a seam: interrupts and doorbells. Tests put a fake in its place.
+//! Access to KVM, and the part of it that devices need, behind a seam: interrupts and doorbells. Tests put a fake in the
+//! place of the latter.
 
 use std::fmt;
 
 use kvm_bindings::{KvmIrqRouting, kvm_irq_routing_entry};
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::error::Error;
+
+/// Opens KVM and checks that it can do what this VMM builds on.
+pub(crate) fn open() -> Result<Kvm, Error> {
+    let kvm = Kvm::new().map_err(Error::OpenKvm)?;
+    for (capability, name) in [
+        (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+        (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+        (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+        (Cap::Irqfd, "KVM_CAP_IRQFD"),
+        (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+        (Cap::IoeventfdNoLength, "KVM_CAP_IOEVENTFD_NO_LENGTH"),
+        (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+        (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+    ] {
+        if !kvm.check_extension(capability) {
+            return Err(Error::MissingCapability { capability: name });
+        }
+    }
+    Ok(kvm)
+}
 
 /// What a device's transport asks of the VM.
 pub(crate) trait Hypervisor: Send + Sync + fmt::Debug {

@@ -17,6 +17,7 @@ mod layout;
 mod memory;
 mod pci;
 mod platform;
+mod probe;
 pub mod snapshot;
 mod vcpu;
 pub mod virtio;
@@ -24,5 +25,6 @@ mod vmm;
 pub mod worker;
 
 pub use error::Error;
+pub use probe::{ProbeError, probe};
 pub use vcpu::VcpuSetup;
 pub use vmm::{Confinement, VmFiles, Vmm};

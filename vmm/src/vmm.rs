@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Kvm, VmFd};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use vm_memory::GuestMemoryMmap;
 
@@ -22,7 +22,7 @@ use crate::control::ExitReason;
 use crate::devices::vsock::VsockHandle;
 use crate::end::End;
 use crate::error::Error;
-use crate::kvm::KvmVm;
+use crate::kvm::{self, KvmVm};
 use crate::layout::{KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE};
 use crate::memory;
 use crate::vcpu::{CpuModel, ExitKind, Surroundings, Vcpu, VcpuSetup};
@@ -90,7 +90,7 @@ impl Vmm {
         }
         set_nonblocking(&files.console).map_err(Error::Console)?;
 
-        let kvm = open_kvm()?;
+        let kvm = kvm::open()?;
         let vm = create_vm(&kvm)?;
         let memory = memory::allocate(config.memory_mib)?;
         memory::register(&vm, &memory)?;
@@ -177,26 +177,6 @@ impl AsFd for Vmm {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.end.as_fd()
     }
-}
-
-/// Opens KVM and checks that it can do what this VMM builds on.
-fn open_kvm() -> Result<Kvm, Error> {
-    let kvm = Kvm::new().map_err(Error::OpenKvm)?;
-    for (capability, name) in [
-        (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-        (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
-        (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
-        (Cap::Irqfd, "KVM_CAP_IRQFD"),
-        (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-        (Cap::IoeventfdNoLength, "KVM_CAP_IOEVENTFD_NO_LENGTH"),
-        (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
-        (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
-    ] {
-        if !kvm.check_extension(capability) {
-            return Err(Error::MissingCapability { capability: name });
-        }
-    }
-    Ok(kvm)
 }
 
 /// Makes a VM with an interrupt controller in the kernel. There is no PIT: hardware-reduced ACPI tells Linux so, and

@@ -9,15 +9,15 @@ use crate::layout::{CMDLINE_BASE, CMDLINE_MAX_LEN, SERIAL_PORTS};
 
 /// What every guest gets.
 ///
+/// - `quiet`: only what is wrong. Before `earlycon`, which prints what there is so far as soon as it is read.
 /// - `console=hvc0`: the virtio console, one exit a line; the serial port costs one a byte.
-/// - `earlycon`: until the virtio console is there, messages that `quiet` lets through (a panic above all) go to the
+/// - `earlycon`: until the virtio console is there, what is wrong (a panic above all) go to the
 ///   serial port.
 /// - `panic=-1`: a panic ends the VM at once, in case the guest's kernel has no driver for the panic notifier.
 /// - `reboot=acpi`: by the reset register, before any other way is tried.
-/// - `pci=noearly`: no early scan through port 0xcf8, which is not there.
 fn defaults() -> String {
     format!(
-        "console=hvc0 earlycon=uart8250,io,{:#x} quiet panic=-1 reboot=acpi pci=noearly",
+        "quiet console=hvc0 earlycon=uart8250,io,{:#x} panic=-1 reboot=acpi",
         SERIAL_PORTS.start
     )
 }
@@ -48,7 +48,7 @@ mod tests {
     fn parameters_come_last_so_that_they_win() {
         let line = build(" panic=0 ").unwrap().as_cstring().unwrap();
         let line = line.to_str().unwrap();
-        assert!(line.starts_with("console=hvc0 "), "{line}");
+        assert!(line.starts_with("quiet "), "{line}");
         assert!(line.ends_with(" panic=0"), "{line}");
     }
 

@@ -46,4 +46,4 @@ pub(crate) fn load(
     Ok(kernel.entry)
 }
 
-pub(crate) use x86_64::GDT;
+pub(crate) use x86_64::{GDT, write_page_tables};

@@ -13,7 +13,7 @@ use std::thread::{self, JoinHandle};
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
 
-pub(crate) use self::arch::x86_64::{CpuModel, VcpuState};
+pub(crate) use self::arch::x86_64::{CpuModel, VcpuState, set_long_mode};
 pub(crate) use self::exit::{ExitCounters, ExitKind};
 use self::state::{Answer, Order, Runner};
 use crate::bus::Buses;
