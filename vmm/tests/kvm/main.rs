@@ -3,4 +3,5 @@
 mod boot;
 mod ends;
 mod probe;
+#[path = "../support/mod.rs"]
 mod support;

@@ -208,15 +208,15 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Whether guests can run here. Says aloud why not; where they must (in the node, `HUSK_REQUIRE_KVM=1`), fails instead.
+/// Whether guests can run here. Says aloud why not; where they must (in the node, `HUSK_TEST_KVM=1`), fails instead.
 pub(crate) fn has_kvm() -> bool {
     match husk_vmm::probe() {
         Ok(()) => true,
         Err(err) => {
             let reason = chain(&err);
             assert!(
-                std::env::var_os("HUSK_REQUIRE_KVM").is_none(),
-                "HUSK_REQUIRE_KVM is set, but {reason}"
+                std::env::var_os("HUSK_TEST_KVM").is_none(),
+                "HUSK_TEST_KVM is set, but {reason}"
             );
             eprintln!("SKIPPED: {reason}");
             false
