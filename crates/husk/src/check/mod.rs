@@ -23,6 +23,12 @@ pub(crate) fn run(config: Option<&Path>) -> Report {
         Finding::new("processor", cpu::check()),
         Finding::new("kvm", kvm::check()),
     ];
+    let has_kvm = findings.last().is_some_and(Finding::is_ok);
+    findings.push(if has_kvm {
+        Finding::new("guest", kvm::run_guest())
+    } else {
+        Finding::skipped("guest", "needs KVM")
+    });
     findings.push(match &configuration {
         Ok((_, detail)) => Finding::new("configuration", Ok(detail.clone())),
         Err(problem) => Finding::new("configuration", Err(problem.clone())),
