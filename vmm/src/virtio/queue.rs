@@ -420,6 +420,19 @@ impl<'m> Segments<'m> {
     }
 }
 
+/// A message of a stream socket: nothing but bytes.
+fn message(iovecs: *const libc::iovec, count: libc::c_int) -> libc::msghdr {
+    libc::msghdr {
+        msg_name: std::ptr::null_mut(),
+        msg_namelen: 0,
+        msg_iov: iovecs.cast_mut(),
+        msg_iovlen: usize::try_from(count).expect("a count is not negative"),
+        msg_control: std::ptr::null_mut(),
+        msg_controllen: 0,
+        msg_flags: 0,
+    }
+}
+
 /// The device-readable half of a chain: what the driver sends, consumed from the front.
 #[derive(Debug, Default)]
 pub struct Readable<'m>(Segments<'m>);
@@ -476,15 +489,7 @@ impl<'m> Readable<'m> {
     /// As sendmsg(2), but for EINTR. Nothing is consumed then.
     pub fn send_to(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         self.0.transfer(|iovecs, count| {
-            let message = libc::msghdr {
-                msg_name: std::ptr::null_mut(),
-                msg_namelen: 0,
-                msg_iov: iovecs.cast_mut(),
-                msg_iovlen: usize::try_from(count).expect("a count is not negative"),
-                msg_control: std::ptr::null_mut(),
-                msg_controllen: 0,
-                msg_flags: 0,
-            };
+            let message = message(iovecs, count);
             // SAFETY: the message names nothing but the iovecs, which point to mapped guest memory that outlives the
             // call; the kernel only reads it.
             unsafe {
@@ -568,15 +573,17 @@ impl<'m> Writable<'m> {
         done
     }
 
-    /// Fills with what a descriptor gives at once.
+    /// Receives what a stream socket has now, whether it is a blocking one or not.
     ///
     /// # Errors
-    /// As readv(2), but for EINTR. Nothing is consumed then.
-    pub fn read_from(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        // SAFETY: the iovecs point to mapped guest memory that outlives the call and that is plain bytes; no reference
-        // to it exists, since all access is volatile or by the kernel.
-        self.0
-            .transfer(|iovecs, count| unsafe { libc::readv(fd.as_raw_fd(), iovecs, count) })
+    /// As recvmsg(2), but for EINTR. Nothing is consumed then.
+    pub fn receive_from(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        self.0.transfer(|iovecs, count| {
+            let mut message = message(iovecs, count);
+            // SAFETY: the message names nothing but the iovecs, which point to mapped guest memory that outlives the
+            // call and that is plain bytes; no reference to it exists, since all access is volatile or by the kernel.
+            unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) }
+        })
     }
 
     /// Fills with what a file has at `offset`.
@@ -584,7 +591,7 @@ impl<'m> Writable<'m> {
     /// # Errors
     /// As preadv(2), but for EINTR. Nothing is consumed then.
     pub fn read_from_at(&mut self, fd: BorrowedFd<'_>, offset: libc::off_t) -> io::Result<usize> {
-        // SAFETY: as in `read_from`.
+        // SAFETY: as in `receive_from`.
         self.0.transfer(|iovecs, count| unsafe {
             libc::preadv(fd.as_raw_fd(), iovecs, count, offset)
         })

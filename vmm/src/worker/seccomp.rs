@@ -64,10 +64,7 @@ fn compile(role: Role) -> Result<BpfProgram, BackendError> {
                     allow(&mut rules, BLOCK);
                     allow_ioctls(&mut rules, BLOCK_IOCTLS)?;
                 }
-                DeviceType::Vsock => {
-                    allow(&mut rules, VSOCK);
-                    allow_ioctls(&mut rules, VSOCK_IOCTLS)?;
-                }
+                DeviceType::Vsock => allow(&mut rules, VSOCK),
                 _ => {}
             }
         }
@@ -215,14 +212,10 @@ const BLOCK_IOCTLS: &[u64] = &[
 ];
 
 const VSOCK: &[i64] = &[
-    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
     libc::SYS_sendto,
     libc::SYS_shutdown,
-    libc::SYS_socketpair,
-];
-
-const VSOCK_IOCTLS: &[u64] = &[
-    0x5421, // FIONBIO
 ];
 
 /// The server of the shared folders: it opens, reads and changes files below them as the users of the guest.

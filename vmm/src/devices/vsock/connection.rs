@@ -213,7 +213,7 @@ impl Connection {
     /// Moves bytes from the socket straight into the guest's buffers. Zero when the socket has none, or has ended.
     pub(super) fn fill(&mut self, room: &mut Writable<'_>) -> u32 {
         let offered = room.len();
-        match room.read_from(self.stream.as_fd()) {
+        match room.receive_from(self.stream.as_fd()) {
             Ok(0) => {
                 self.ended = true;
                 0

@@ -47,7 +47,7 @@ type Completion = Box<dyn FnOnce(Result<VsockStream, ConnectError>) + Send>;
 /// A request on its way. Dropped unanswered, it answers [`ConnectError::Reset`].
 pub(super) struct ConnectRequest {
     pub(super) port: u32,
-    /// The device's end, non-blocking.
+    /// The device's end.
     pub(super) ours: UnixStream,
     pub(super) waiter: Waiter,
 }
@@ -118,11 +118,7 @@ impl VsockHandle {
         port: u32,
         completion: impl FnOnce(Result<VsockStream, ConnectError>) + Send + 'static,
     ) {
-        let pair = UnixStream::pair().and_then(|(ours, theirs)| {
-            ours.set_nonblocking(true)?;
-            Ok((ours, theirs))
-        });
-        let (ours, theirs) = match pair {
+        let (ours, theirs) = match UnixStream::pair() {
             Ok(pair) => pair,
             Err(err) => return completion(Err(ConnectError::Socket(err))),
         };
