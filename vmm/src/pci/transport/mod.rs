@@ -9,7 +9,13 @@
 //! All that the driver writes is checked here: a device sees negotiated features that it offered and queues that lie in
 //! memory, or is not activated. What breaks the rules is ignored, as hardware would.
 
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+mod capabilities;
+mod registers;
+mod signals;
+#[cfg(test)]
+mod tests;
+
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -18,13 +24,16 @@ use virtio_bindings::virtio_config::{
     VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use virtio_queue::{Queue, QueueState, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::capabilities::{PCI_CAP_BAR, PCI_CAP_DATA, PCI_CAP_LENGTH, PCI_CAP_OFFSET};
+use self::registers::{QueueRegisters, Registers, half_of, set_half, write_queue};
+use self::signals::{NO_VECTOR, Signals};
 use super::bus::PciFunction;
 use super::config_space::{BAR0, COMMAND, ConfigSpace, Identity, Window};
-use super::msix::{self, Msix, MsixState};
+use super::msix::{Msix, MsixState};
 use crate::error::Error;
 use crate::irq::Interrupts;
 use crate::kvm::Hypervisor;
@@ -40,19 +49,6 @@ const SUBSYSTEM: u16 = 0x40;
 /// No class of PCI says more than the device id does.
 const CLASS: [u8; 3] = [0xff, 0, 0];
 
-/// Vendor-specific capability, of which virtio has five kinds (4.1.4).
-const CAPABILITY_ID: u8 = 0x09;
-const CAP_COMMON: u8 = 1;
-const CAP_NOTIFY: u8 = 2;
-const CAP_ISR: u8 = 3;
-const CAP_DEVICE: u8 = 4;
-const CAP_PCI: u8 = 5;
-/// Where the window of the PCI configuration access capability has its BAR, offset, length and data.
-const PCI_CAP_BAR: usize = 4;
-const PCI_CAP_OFFSET: usize = 8;
-const PCI_CAP_LENGTH: usize = 12;
-const PCI_CAP_DATA: usize = 16;
-
 /// The BAR, a page for each structure. What it must hold for the most queues fits each page.
 pub(super) const BAR_SIZE: u32 = 0x8000;
 const PAGE: u64 = 0x1000;
@@ -67,13 +63,6 @@ const ISR_LEN: u32 = 1;
 /// Bytes between the doorbells of two queues, so that each has its own ioeventfd.
 pub(super) const NOTIFY_MULTIPLIER: u32 = 4;
 
-/// A vector that sends nothing (4.1.4.3).
-const NO_VECTOR: u16 = 0xffff;
-
-/// ISR status bits (4.1.4.5).
-const ISR_QUEUE: u8 = 1 << 0;
-const ISR_CONFIG: u8 = 1 << 1;
-
 const STATUS_DRIVER_OK: u8 = low_byte(VIRTIO_CONFIG_S_DRIVER_OK);
 const STATUS_FEATURES_OK: u8 = low_byte(VIRTIO_CONFIG_S_FEATURES_OK);
 const STATUS_NEEDS_RESET: u8 = low_byte(VIRTIO_CONFIG_S_NEEDS_RESET);
@@ -83,138 +72,6 @@ const TRANSPORT_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVE
 
 const fn low_byte(value: u32) -> u8 {
     value.to_le_bytes()[0]
-}
-
-/// Status and interrupts: shared with the device's thread.
-#[derive(Debug)]
-struct Signals {
-    msix: Msix,
-    status: AtomicU8,
-    isr: AtomicU8,
-    config_generation: AtomicU8,
-    config_vector: AtomicU16,
-    queue_vectors: Vec<AtomicU16>,
-}
-
-impl Signals {
-    fn vector_for(&self, requested: u16) -> u16 {
-        // One vector for each queue and one for the configuration; what is not there reads back as none (4.1.5.1.2.1).
-        if usize::from(requested) <= self.queue_vectors.len() {
-            requested
-        } else {
-            NO_VECTOR
-        }
-    }
-
-    fn reset(&self) {
-        self.status.store(0, Ordering::Release);
-        self.isr.store(0, Ordering::Release);
-        self.config_vector.store(NO_VECTOR, Ordering::Release);
-        for vector in &self.queue_vectors {
-            vector.store(NO_VECTOR, Ordering::Release);
-        }
-    }
-}
-
-impl Interrupt for Signals {
-    fn queue(&self, index: u16) {
-        let Some(vector) = self.queue_vectors.get(usize::from(index)) else {
-            return;
-        };
-        if !self.msix.raise(vector.load(Ordering::Acquire)) {
-            self.isr.fetch_or(ISR_QUEUE, Ordering::AcqRel);
-        }
-    }
-
-    fn config_change(&self) {
-        self.config_generation.fetch_add(1, Ordering::AcqRel);
-        self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
-        self.msix.raise(self.config_vector.load(Ordering::Acquire));
-    }
-
-    fn needs_reset(&self) {
-        let before = self.status.fetch_or(STATUS_NEEDS_RESET, Ordering::AcqRel);
-        // Only a driver that has said DRIVER_OK is told (2.1.2).
-        if before & STATUS_DRIVER_OK != 0 {
-            self.config_change();
-        }
-    }
-}
-
-/// What the driver has configured of a queue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct QueueRegisters {
-    size: u16,
-    enabled: bool,
-    descriptors: u64,
-    available: u64,
-    used: u64,
-    /// Positions of a queue that was paused; zero for a new one.
-    next_available: u16,
-    next_used: u16,
-}
-
-impl QueueRegisters {
-    fn new(max_size: u16) -> Self {
-        Self {
-            size: max_size,
-            enabled: false,
-            descriptors: 0,
-            available: 0,
-            used: 0,
-            next_available: 0,
-            next_used: 0,
-        }
-    }
-
-    /// The queue to work with, if it is one.
-    fn build(&self, max_size: u16, event_idx: bool, memory: &GuestMemoryMmap) -> Option<Queue> {
-        let state = QueueState {
-            max_size,
-            next_avail: self.next_available,
-            next_used: self.next_used,
-            event_idx_enabled: event_idx,
-            size: self.size,
-            ready: self.enabled,
-            desc_table: self.descriptors,
-            avail_ring: self.available,
-            used_ring: self.used,
-        };
-        Queue::try_from(state)
-            .ok()
-            .filter(|queue| queue.is_valid(memory))
-    }
-}
-
-/// The registers of the common configuration structure that are not shared (4.1.4.3).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Registers {
-    device_feature_select: u32,
-    driver_feature_select: u32,
-    driver_features: u64,
-    queue_select: u16,
-    queues: Vec<QueueRegisters>,
-}
-
-impl Registers {
-    fn new(max_sizes: &[u16]) -> Self {
-        Self {
-            device_feature_select: 0,
-            driver_feature_select: 0,
-            driver_features: 0,
-            queue_select: 0,
-            queues: max_sizes
-                .iter()
-                .map(|max| QueueRegisters::new(*max))
-                .collect(),
-        }
-    }
-
-    fn queue(&mut self) -> Option<&mut QueueRegisters> {
-        self.queues.get_mut(usize::from(self.queue_select))
-    }
 }
 
 /// Why the device was not activated.
@@ -279,14 +136,7 @@ impl VirtioPci {
     ) -> Result<Self, Error> {
         let queues = device.queue_max_sizes().len();
         let vectors = queues + 1;
-        let signals = Signals {
-            msix: Msix::new(interrupts, vectors)?,
-            status: AtomicU8::new(0),
-            isr: AtomicU8::new(0),
-            config_generation: AtomicU8::new(0),
-            config_vector: AtomicU16::new(NO_VECTOR),
-            queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
-        };
+        let signals = Signals::new(Msix::new(interrupts, vectors)?, queues);
         let kicks = (0..queues)
             .map(|_| EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK))
             .collect::<Result<_, _>>()
@@ -299,8 +149,8 @@ impl VirtioPci {
             subsystem: SUBSYSTEM,
         });
         config.set_memory_bar(bar, BAR_SIZE);
-        let msix_capability = add_msix_capability(&mut config, vectors);
-        let pci_capability = add_virtio_capabilities(&mut config, queues);
+        let msix_capability = capabilities::add_msix(&mut config, vectors);
+        let pci_capability = capabilities::add_virtio(&mut config, queues);
         Ok(Self {
             function: Mutex::new(Function {
                 registers: Registers::new(device.queue_max_sizes()),
@@ -743,87 +593,4 @@ impl Drop for VirtioPci {
         function.device.reset();
         self.unbind_doorbells(&mut function);
     }
-}
-
-fn write_queue(queue: &mut QueueRegisters, offset: u64, data: &[u8]) {
-    match (offset, data) {
-        (0x18, &[a, b]) => queue.size = u16::from_le_bytes([a, b]),
-        // Once enabled, a queue stays so until the reset (4.1.4.3.2).
-        (0x1c, &[1, 0]) => queue.enabled = true,
-        (0x20 | 0x24, &[a, b, c, d]) => set_half(
-            &mut queue.descriptors,
-            u32::from(offset == 0x24),
-            u32::from_le_bytes([a, b, c, d]),
-        ),
-        (0x28 | 0x2c, &[a, b, c, d]) => set_half(
-            &mut queue.available,
-            u32::from(offset == 0x2c),
-            u32::from_le_bytes([a, b, c, d]),
-        ),
-        (0x30 | 0x34, &[a, b, c, d]) => set_half(
-            &mut queue.used,
-            u32::from(offset == 0x34),
-            u32::from_le_bytes([a, b, c, d]),
-        ),
-        _ => {}
-    }
-}
-
-/// The `select`-th 32 bits of a value; there are two.
-fn half_of(value: u64, select: u32) -> u32 {
-    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
-    match select {
-        0 => u32::from_le_bytes([a, b, c, d]),
-        1 => u32::from_le_bytes([e, f, g, h]),
-        _ => 0,
-    }
-}
-
-/// Replaces the `select`-th 32 bits of a value.
-fn set_half(value: &mut u64, select: u32, half: u32) {
-    match select {
-        0 => *value = *value & !0xffff_ffff | u64::from(half),
-        1 => *value = *value & 0xffff_ffff | u64::from(half) << 32,
-        _ => {}
-    }
-}
-
-fn add_msix_capability(config: &mut ConfigSpace, vectors: usize) -> usize {
-    let last = u16::try_from(vectors - 1).expect("a few vectors");
-    // The low bits of both offsets name the BAR, which is 0.
-    let mut body = last.to_le_bytes().to_vec();
-    body.extend(MSIX_TABLE.to_le_bytes().iter().take(4));
-    body.extend(MSIX_PENDING.to_le_bytes().iter().take(4));
-    let writable = (msix::CONTROL_ENABLE | msix::CONTROL_FUNCTION_MASK).to_le_bytes();
-    config.add_capability(msix::CAPABILITY_ID, &body, &writable)
-}
-
-/// Adds the five structures and returns the offset of the last, the configuration access window.
-fn add_virtio_capabilities(config: &mut ConfigSpace, queues: usize) -> usize {
-    let notify_len = u32::try_from(queues).expect("a few queues") * NOTIFY_MULTIPLIER;
-    let page = u32::try_from(PAGE).expect("a page");
-    let mut add = |kind: u8, offset: u64, len: u32, more: &[u8], writable: &[u8]| {
-        // Length of the capability, kind, BAR 0, id, padding.
-        let cap_len = u8::try_from(16 + more.len()).expect("a few bytes");
-        let mut body = vec![cap_len, kind, 0, 0, 0, 0];
-        body.extend(offset.to_le_bytes().iter().take(4));
-        body.extend(len.to_le_bytes());
-        body.extend(more);
-        config.add_capability(CAPABILITY_ID, &body, writable)
-    };
-    add(CAP_COMMON, COMMON, COMMON_LEN, &[], &[]);
-    add(
-        CAP_NOTIFY,
-        NOTIFY,
-        notify_len,
-        &NOTIFY_MULTIPLIER.to_le_bytes(),
-        &[],
-    );
-    add(CAP_ISR, ISR, ISR_LEN, &[], &[]);
-    add(CAP_DEVICE, DEVICE, page, &[], &[]);
-    // The driver may write BAR, offset, length and data.
-    let mut writable = [0; 18];
-    writable[PCI_CAP_BAR - 2] = 0xff;
-    writable[PCI_CAP_OFFSET - 2..].fill(0xff);
-    add(CAP_PCI, 0, 0, &[0; 4], &writable)
 }
