@@ -1,0 +1,263 @@
+//! The driver sends requests in one queue, each a header, data and a byte for the status; the device answers them in
+//! order. The backend is a descriptor of a regular file or a block device, read and written on the device's own thread.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+
+use super::disk::{Disk, Geometry, Storage};
+use super::metrics::BlockMetrics;
+use super::request::{
+    ID_LEN, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS,
+};
+use super::worker::{BlockWorker, Terms};
+use crate::snapshot::{RestoreError, Snapshot};
+use crate::virtio::queue::{QueueError, take_queues};
+use crate::virtio::worker::{ThreadSetup, Worker};
+use crate::virtio::{
+    ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, read_config_space,
+};
+
+/// Index of the only queue.
+pub const REQUEST_QUEUE: u16 = 0;
+
+const QUEUE_SIZES: [u16; 1] = [256];
+
+/// Most buffers of data in one request: as many as fit the queue beside header and status.
+const SEG_MAX: u32 = 254;
+
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_TOPOLOGY: u64 = 1 << 10;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+
+/// Why the device cannot go on, or cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// The queue is unusable.
+    #[error("request queue")]
+    Queue(#[from] QueueError),
+    /// The descriptor is neither a regular file nor a block device, or does not say how large it is.
+    #[error("cannot use the disk's descriptor")]
+    Disk(#[source] io::Error),
+    /// A serial number that GET_ID could not answer.
+    #[error("{serial:?} is no serial number of 1 to {ID_LEN} printable ASCII characters")]
+    Serial {
+        /// The serial number.
+        serial: String,
+    },
+    /// The thread cannot be made.
+    #[error("cannot start the block device")]
+    Start(#[source] io::Error),
+}
+
+/// What a block device is made from, beside its descriptor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockConfig {
+    serial: String,
+    read_only: bool,
+}
+
+impl BlockConfig {
+    /// A disk that the guest knows by `serial`, and may write to unless `read_only`.
+    ///
+    /// # Errors
+    /// When the serial number is empty, too long, or not printable ASCII.
+    pub fn new(serial: String, read_only: bool) -> Result<Self, BlockError> {
+        let printable = serial.bytes().all(|byte| byte.is_ascii_graphic());
+        if serial.is_empty() || serial.len() > ID_LEN || !printable {
+            return Err(BlockError::Serial { serial });
+        }
+        Ok(Self { serial, read_only })
+    }
+
+    /// The serial number.
+    pub fn serial(&self) -> &str {
+        &self.serial
+    }
+}
+
+/// A block device.
+#[derive(Debug)]
+pub struct BlockDevice {
+    config: BlockConfig,
+    geometry: Geometry,
+    worker: Worker<BlockWorker>,
+    storage: Arc<dyn Storage>,
+    metrics: Arc<BlockMetrics>,
+}
+
+impl BlockDevice {
+    /// Makes the device and its thread. `disk` is open for reading, and for writing unless read-only.
+    ///
+    /// # Errors
+    /// When the descriptor is no disk, or the thread cannot be made.
+    pub fn new(config: BlockConfig, disk: OwnedFd, setup: ThreadSetup) -> Result<Self, BlockError> {
+        let (disk, geometry) = Disk::new(disk).map_err(BlockError::Disk)?;
+        Self::with_storage(config, Arc::new(disk), geometry, setup)
+    }
+
+    pub(super) fn with_storage(
+        config: BlockConfig,
+        storage: Arc<dyn Storage>,
+        geometry: Geometry,
+        setup: ThreadSetup,
+    ) -> Result<Self, BlockError> {
+        Ok(Self {
+            config,
+            geometry,
+            worker: Worker::spawn("block", DeviceType::Block, setup).map_err(BlockError::Start)?,
+            storage,
+            metrics: Arc::default(),
+        })
+    }
+
+    /// What it was made from.
+    pub fn config(&self) -> &BlockConfig {
+        &self.config
+    }
+
+    /// The device's counters.
+    pub fn metrics(&self) -> Arc<BlockMetrics> {
+        Arc::clone(&self.metrics)
+    }
+
+    /// The configuration space (virtio 1.3, 5.2.4), as far as the features reach.
+    fn config_space(&self) -> [u8; CONFIG_LEN] {
+        let mut space = [0; CONFIG_LEN];
+        let mut put = |offset: usize, bytes: &[u8]| {
+            space[offset..offset + bytes.len()].copy_from_slice(bytes)
+        };
+        let Geometry {
+            sectors,
+            logical_block,
+            physical_block,
+        } = self.geometry;
+        put(0, &sectors.to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
+        put(20, &logical_block.to_le_bytes());
+        // Topology: physical block as an exponent, nothing out of line, and the same again as the least useful size.
+        let ratio = physical_block
+            .checked_div(logical_block)
+            .unwrap_or(1)
+            .max(1);
+        put(24, &[ratio.ilog2().to_le_bytes()[0], 0]);
+        put(26, &u16::try_from(ratio).unwrap_or(1).to_le_bytes());
+        if !self.config.read_only {
+            put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
+            put(40, &MAX_DISCARD_SEGMENTS.to_le_bytes());
+            // In sectors: a hole smaller than a physical block frees nothing.
+            put(44, &(physical_block / 512).to_le_bytes());
+            put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
+            put(52, &MAX_ZEROES_SEGMENTS.to_le_bytes());
+            put(56, &[1]);
+        }
+        space
+    }
+
+    fn id(&self) -> [u8; ID_LEN] {
+        let mut id = [0; ID_LEN];
+        id[..self.config.serial.len()].copy_from_slice(self.config.serial.as_bytes());
+        id
+    }
+}
+
+/// Up to and including the fields of WRITE_ZEROES.
+const CONFIG_LEN: usize = 60;
+
+impl VirtioDevice for BlockDevice {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Block
+    }
+
+    fn features(&self) -> u64 {
+        let common =
+            F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+        if self.config.read_only {
+            common | F_RO
+        } else {
+            common | F_DISCARD | F_WRITE_ZEROES
+        }
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_space(&self.config_space(), offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let agreed = activation.features;
+        let terms = Terms {
+            capacity: self.geometry.sectors,
+            read_only: self.config.read_only,
+            id: self.id(),
+            write_through: agreed & F_FLUSH == 0,
+            discard: agreed & F_DISCARD != 0,
+            write_zeroes: agreed & F_WRITE_ZEROES != 0,
+        };
+        let interrupt = Arc::clone(&activation.interrupt);
+        let [queue] = take_queues(activation, [REQUEST_QUEUE])?;
+        let storage = Arc::clone(&self.storage);
+        let serve = BlockWorker::new(queue, storage, terms, Arc::clone(&self.metrics));
+        self.worker.start(serve, interrupt)
+    }
+
+    fn pause(&mut self) -> Vec<ActiveQueue> {
+        self.worker
+            .stop()
+            .map(BlockWorker::into_queue)
+            .into_iter()
+            .collect()
+    }
+
+    fn reset(&mut self) {
+        self.worker.stop();
+    }
+}
+
+/// What is saved of a block device: enough to refuse another disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockState {
+    /// The serial number.
+    pub serial: String,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+    /// Capacity in sectors of 512 bytes.
+    pub sectors: u64,
+    /// Bytes that are addressed together.
+    pub logical_block: u32,
+}
+
+impl Snapshot for BlockDevice {
+    type State = BlockState;
+
+    fn save(&self) -> BlockState {
+        BlockState {
+            serial: self.config.serial.clone(),
+            read_only: self.config.read_only,
+            sectors: self.geometry.sectors,
+            logical_block: self.geometry.logical_block,
+        }
+    }
+
+    fn restore(&mut self, state: BlockState) -> Result<(), RestoreError> {
+        let own = self.save();
+        if state != own {
+            return Err(RestoreError {
+                device: "block",
+                reason: format!("the disk is {own:?}, not {state:?}"),
+            });
+        }
+        Ok(())
+    }
+}

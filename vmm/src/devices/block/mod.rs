@@ -1,0 +1,14 @@
+//! The block device (virtio 1.3, 5.2): a disk in a regular file or a block device of the host. One queue,
+//! [`REQUEST_QUEUE`]. Configuration space: capacity, block sizes and the limits of DISCARD and WRITE_ZEROES. Features:
+//! FLUSH, SEG_MAX, BLK_SIZE, TOPOLOGY and indirect descriptors; RO, or else DISCARD and WRITE_ZEROES.
+
+mod device;
+mod disk;
+mod metrics;
+mod request;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+pub use device::{BlockConfig, BlockDevice, BlockError, BlockState, REQUEST_QUEUE};
+pub use metrics::BlockMetrics;
