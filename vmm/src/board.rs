@@ -6,11 +6,13 @@ use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
 use crate::bus::Buses;
-use crate::config::VmConfig;
+use crate::config::{ShareConfig, VmConfig};
 use crate::devices::console::ConsoleDevice;
+use crate::devices::fs::{FsDevice, Share, Tag};
 use crate::devices::rng::RngDevice;
 use crate::devices::vsock::{VsockConfig, VsockDevice, VsockHandle};
 use crate::end::End;
@@ -20,10 +22,11 @@ use crate::kvm::Hypervisor;
 use crate::layout::{
     ECAM_BASE, ECAM_SIZE, PCI_WINDOW_32, POWER_PORTS, PVPANIC_PORTS, SERIAL_GSI, SERIAL_PORTS,
 };
-use crate::pci::{Ecam, MemoryWindow, PciBus, VirtioPci};
+use crate::pci::{Ecam, MemoryWindow, PciBus, VirtioPci, VirtioPciState};
 use crate::platform::power::PowerRegisters;
 use crate::platform::pvpanic::PanicNotifier;
-use crate::platform::serial::SerialPort;
+use crate::platform::serial::{SerialPort, SerialState};
+use crate::snapshot::RestoreError;
 use crate::virtio::VirtioDevice;
 use crate::virtio::worker::ThreadSetup;
 
@@ -40,6 +43,14 @@ pub(crate) struct Parts<'a> {
     pub(crate) end: &'a Arc<End>,
     /// Confines the thread of a device.
     pub(crate) setup: ThreadSetup,
+}
+
+/// The state of all devices. The panic notifier and the power registers have none.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct BoardState {
+    serial: SerialState,
+    functions: Vec<VirtioPciState>,
 }
 
 /// Adds the counters of one device to all.
@@ -103,6 +114,13 @@ impl Board {
         let vsock_handle = vsock.handle();
         slots.add(vsock)?;
 
+        for share in &parts.config.shares {
+            let fs = make_fs(share, parts.setup)?;
+            let (tag, metrics) = (share.tag.clone(), fs.metrics());
+            counters.push(Box::new(move |into| metrics.collect(&tag, into)));
+            slots.add(fs)?;
+        }
+
         let pci = Arc::new(slots.bus);
         buses.mmio.attach(
             ECAM_BASE..ECAM_BASE + ECAM_SIZE,
@@ -123,6 +141,53 @@ impl Board {
     /// The way to open connections into the guest.
     pub(crate) fn vsock(&self) -> VsockHandle {
         self.vsock.clone()
+    }
+
+    /// Stops all devices where they stand. The vCPUs are paused.
+    pub(crate) fn pause(&self) {
+        for function in self.pci.functions() {
+            function.pause();
+        }
+    }
+
+    /// Goes on after [`Self::pause`] or [`Self::restore`].
+    pub(crate) fn resume(&self) {
+        for function in self.pci.functions() {
+            function.resume();
+        }
+    }
+
+    /// Copies the state of the paused devices.
+    pub(crate) fn save(&self) -> BoardState {
+        BoardState {
+            serial: self.serial.save(),
+            functions: self
+                .pci
+                .functions()
+                .iter()
+                .map(|function| function.save())
+                .collect(),
+        }
+    }
+
+    /// Puts a state into new devices.
+    pub(crate) fn restore(&self, state: BoardState) -> Result<(), RestoreError> {
+        let functions = self.pci.functions();
+        if state.functions.len() != functions.len() {
+            return Err(RestoreError {
+                device: "PCI bus",
+                reason: format!(
+                    "it has {} functions, not {}",
+                    state.functions.len(),
+                    functions.len()
+                ),
+            });
+        }
+        self.serial.restore(state.serial)?;
+        for (function, state) in functions.iter().zip(state.functions) {
+            function.restore(state)?;
+        }
+        Ok(())
     }
 
     /// Adds every counter, by name.
@@ -157,6 +222,13 @@ fn add_platform_devices(
     buses.ports.attach(PVPANIC_PORTS, notifier)?;
     buses.ports.attach(POWER_PORTS, power)?;
     Ok(serial)
+}
+
+fn make_fs(share: &ShareConfig, setup: ThreadSetup) -> Result<FsDevice, Error> {
+    let name = || format!("file system ({})", share.tag);
+    let tag = Tag::try_from(share.tag.clone()).map_err(|err| broken(&name(), err))?;
+    let exported = Share::new(&share.path).map_err(|err| broken(&name(), err))?;
+    FsDevice::new(tag, exported, setup).map_err(|err| broken(&name(), err))
 }
 
 /// The PCI bus while it fills.

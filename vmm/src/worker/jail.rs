@@ -4,9 +4,9 @@
 //! filters belong to threads and every later thread inherits them:
 //!
 //! 1. mount, network, IPC and UTS namespaces of its own;
-//! 2. a root made of a small read-only tmpfs that holds the shared folders at their own paths, `/dev/kvm`, and
-//!    `/proc/self/fd`, by which the file server opens what it has looked up. Mounts that the shim makes below a shared
-//!    folder later propagate into it, so long as the shim's are `MS_SHARED`; none travels back;
+//! 2. a root made of a small read-only tmpfs that holds the shared folders at their own paths, `/dev/kvm`, and two
+//!    entries of `/proc/self` for the file server. Mounts that the shim makes below a shared folder later propagate into
+//!    it, so long as the shim's are `MS_SHARED`; none travels back;
 //! 3. no capability but those of a file server, no new privileges, no core dumps, no ptrace by others.
 //!
 //! The filters of system calls come last, thread by thread: see [`super::seccomp`].
@@ -21,7 +21,7 @@ use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
 };
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
-use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
+use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags};
 
 /// What a server of files needs who acts for any user of the guest, as root does for a container of runc's: to own and
 /// change files of others, to switch to the user who asks, to make device nodes and file capabilities.
@@ -40,7 +40,9 @@ pub(super) const FILE_SERVER_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
 const STAGE: &str = "/dev";
 
 const KVM: &str = "/dev/kvm";
-const OWN_DESCRIPTORS: &str = "/proc/self/fd";
+
+/// By its descriptors the file server opens again what it has looked up; it also looks at the mounts, which are the jail's.
+const OF_PROC: [&str; 2] = ["/proc/self/fd", "/proc/self/mountinfo"];
 
 /// Room for the folders and empty files on which the jail's mounts stand.
 const ROOT_OPTIONS: &CStr = c"size=64k,mode=0755";
@@ -114,11 +116,8 @@ fn change_root<'a>(shared: impl Iterator<Item = &'a Path>) -> Result<(), JailErr
 
     // Taken hold of first: the stage may hide them.
     let mut parts = Vec::new();
-    for path in [KVM, OWN_DESCRIPTORS]
-        .into_iter()
-        .map(Path::new)
-        .chain(shared)
-    {
+    let own = std::iter::once(KVM).chain(OF_PROC).map(Path::new);
+    for path in own.chain(shared) {
         parts.push(Part::open(path)?);
     }
 
@@ -260,6 +259,10 @@ fn give_up_privileges() -> rustix::io::Result<()> {
             Err(err) => return Err(err),
         }
     }
+    // The file server keeps its capabilities while it acts as a user of the guest, whose rights the guest has checked.
+    rustix::thread::set_capabilities_secure_bits(
+        CapabilitiesSecureBits::NO_SETUID_FIXUP | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED,
+    )?;
     rustix::thread::clear_ambient_capability_set()?;
     set_capabilities(FILE_SERVER_CAPABILITIES)?;
     rustix::thread::set_no_new_privs(true)?;

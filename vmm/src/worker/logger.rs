@@ -4,11 +4,22 @@ use std::io::Write;
 
 use log::{LevelFilter, Log, Metadata, Record};
 
+/// Targets of this crate.
+const OWN: &str = env!("CARGO_CRATE_NAME");
+
+/// They tell of what is usual.
+const LIBRARIES: LevelFilter = LevelFilter::Warn;
+
 struct StandardError;
 
 impl Log for StandardError {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.level() <= log::max_level()
+        let limit = if metadata.target().starts_with(OWN) {
+            log::max_level()
+        } else {
+            LIBRARIES.min(log::max_level())
+        };
+        metadata.level() <= limit
     }
 
     fn log(&self, record: &Record<'_>) {
