@@ -11,6 +11,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::bus::Buses;
 use crate::config::{ShareConfig, VmConfig};
+use crate::devices::block::{BlockConfig, BlockDevice};
 use crate::devices::console::ConsoleDevice;
 use crate::devices::fs::{FsDevice, Share, Tag};
 use crate::devices::rng::RngDevice;
@@ -87,40 +88,13 @@ impl Board {
 
         let mut slots = Slots {
             bus: PciBus::default(),
+            counters: Vec::new(),
             memory: parts.memory,
             interrupts: &interrupts,
-            hypervisor: &parts.hypervisor,
+            hypervisor: Arc::clone(&parts.hypervisor),
         };
-        let mut counters: Vec<Collect> = Vec::new();
-
-        // The console first: the guest's kernel can say what is wrong with the others.
-        let console = ConsoleDevice::new(parts.console.into(), parts.setup)
-            .map_err(|err| broken("console", err))?;
-        let metrics = console.metrics();
-        counters.push(Box::new(move |into| metrics.collect(into)));
-        slots.add(console)?;
-
-        let rng = RngDevice::new(parts.setup).map_err(|err| broken("rng", err))?;
-        let metrics = rng.metrics();
-        counters.push(Box::new(move |into| metrics.collect(into)));
-        slots.add(rng)?;
-
-        let vsock_config = VsockConfig::new(parts.config.guest_cid, parts.config.ready_port)
-            .map_err(|err| broken("vsock", err))?;
-        let vsock = VsockDevice::new(vsock_config, on_ready, parts.setup)
-            .map_err(|err| broken("vsock", err))?;
-        let metrics = vsock.metrics();
-        counters.push(Box::new(move |into| metrics.collect(into)));
-        let vsock_handle = vsock.handle();
-        slots.add(vsock)?;
-
-        for share in &parts.config.shares {
-            let fs = make_fs(share, parts.setup)?;
-            let (tag, metrics) = (share.tag.clone(), fs.metrics());
-            counters.push(Box::new(move |into| metrics.collect(&tag, into)));
-            slots.add(fs)?;
-        }
-
+        let vsock = add_virtio_devices(&mut slots, parts, on_ready)?;
+        let counters = slots.counters;
         let pci = Arc::new(slots.bus);
         buses.mmio.attach(
             ECAM_BASE..ECAM_BASE + ECAM_SIZE,
@@ -133,7 +107,7 @@ impl Board {
             buses: Arc::new(buses),
             serial,
             pci,
-            vsock: vsock_handle,
+            vsock,
             counters,
         })
     }
@@ -231,23 +205,73 @@ fn make_fs(share: &ShareConfig, setup: ThreadSetup) -> Result<FsDevice, Error> {
     FsDevice::new(tag, exported, setup).map_err(|err| broken(&name(), err))
 }
 
+/// Every virtio device of the configuration. Returns the way to open connections into the guest.
+fn add_virtio_devices(
+    slots: &mut Slots<'_>,
+    parts: Parts<'_>,
+    on_ready: impl FnOnce() + Send + 'static,
+) -> Result<VsockHandle, Error> {
+    let Parts { config, setup, .. } = parts;
+
+    // The console first: the guest's kernel can say what is wrong with the others.
+    let console =
+        ConsoleDevice::new(parts.console.into(), setup).map_err(|err| broken("console", err))?;
+    let metrics = console.metrics();
+    slots.add(console, move |into| metrics.collect(into))?;
+
+    let rng = RngDevice::new(setup).map_err(|err| broken("rng", err))?;
+    let metrics = rng.metrics();
+    slots.add(rng, move |into| metrics.collect(into))?;
+
+    let vsock = VsockConfig::new(config.guest_cid, config.ready_port)
+        .and_then(|config| VsockDevice::new(config, on_ready, setup))
+        .map_err(|err| broken("vsock", err))?;
+    let metrics = vsock.metrics();
+    let vsock_handle = vsock.handle();
+    slots.add(vsock, move |into| metrics.collect(into))?;
+
+    for share in &config.shares {
+        let fs = make_fs(share, setup)?;
+        let metrics = fs.metrics();
+        let tag = share.tag.clone();
+        slots.add(fs, move |into| metrics.collect(&tag, into))?;
+    }
+
+    for (disk, file) in config.disks.iter().zip(parts.disks) {
+        let name = format!("block {:?}", disk.serial);
+        let block = BlockConfig::new(disk.serial.clone(), disk.read_only)
+            .and_then(|config| BlockDevice::new(config, file.into(), setup))
+            .map_err(|err| broken(&name, err))?;
+        let metrics = block.metrics();
+        let serial = disk.serial.clone();
+        slots.add(block, move |into| metrics.collect(&serial, into))?;
+    }
+    Ok(vsock_handle)
+}
+
 /// The PCI bus while it fills.
 struct Slots<'a> {
     bus: PciBus,
+    counters: Vec<Collect>,
     memory: &'a GuestMemoryMmap,
     interrupts: &'a Arc<Interrupts>,
-    hypervisor: &'a Arc<dyn Hypervisor>,
+    hypervisor: Arc<dyn Hypervisor>,
 }
 
 impl Slots<'_> {
-    /// Puts a device into the next slot.
-    fn add(&mut self, device: impl VirtioDevice + 'static) -> Result<(), Error> {
+    /// Puts a device into the next slot, and remembers how its counters are read.
+    fn add(
+        &mut self,
+        device: impl VirtioDevice + 'static,
+        collect: impl Fn(&mut BTreeMap<String, u64>) + Send + Sync + 'static,
+    ) -> Result<(), Error> {
+        self.counters.push(Box::new(collect));
         let function = VirtioPci::new(
             Box::new(device),
             self.bus.next_bar(),
             self.memory.clone(),
             self.interrupts,
-            Arc::clone(self.hypervisor),
+            Arc::clone(&self.hypervisor),
         )?;
         self.bus.add(Arc::new(function))
     }

@@ -46,6 +46,10 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// The file that a saved VM has left its memory in cannot be used.
+    #[error("cannot use the memory of the saved VM")]
+    AdoptMemory(#[source] io::Error),
+
     /// Guest memory cannot be mapped into this process.
     #[error("cannot map the guest's memory")]
     MapMemory(#[source] vm_memory::mmap::FromRangesError),

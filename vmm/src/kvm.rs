@@ -3,12 +3,17 @@
 
 use std::fmt;
 
-use kvm_bindings::{KvmIrqRouting, kvm_irq_routing_entry};
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting,
+    kvm_clock_data, kvm_irq_routing_entry, kvm_irqchip,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::Error;
+use crate::layout::{KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE};
 
 /// Opens KVM and checks that it can do what this VMM builds on.
 pub(crate) fn open() -> Result<Kvm, Error> {
@@ -49,8 +54,80 @@ pub(crate) trait Hypervisor: Send + Sync + fmt::Debug {
     fn unbind_doorbell(&self, event: &EventFd, address: u64) -> Result<(), errno::Error>;
 }
 
-/// The real one.
-pub(crate) struct KvmVm(pub(crate) VmFd);
+/// A VM of KVM's, with interrupt controllers and clock.
+pub(crate) struct KvmVm(VmFd);
+
+/// The state of what KVM emulates for a VM as a whole.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct KvmState {
+    interrupt_controllers: Vec<kvm_irqchip>,
+    clock: kvm_clock_data,
+}
+
+/// The interrupt controllers: two PICs, which nothing uses, and the I/O APIC.
+const INTERRUPT_CONTROLLERS: [u32; 3] = [
+    KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE,
+    KVM_IRQCHIP_IOAPIC,
+];
+
+impl KvmVm {
+    /// Makes a VM with its interrupt controllers in the kernel. There is no PIT: hardware-reduced ACPI tells Linux so, and
+    /// kvm-clock and the TSC deadline timer need no calibration by one.
+    pub(crate) fn new(kvm: &Kvm) -> Result<Self, Error> {
+        let vm = kvm.create_vm().map_err(failed("make a VM"))?;
+        vm.set_identity_map_address(KVM_IDENTITY_MAP_BASE)
+            .map_err(failed("place the identity map of the VM"))?;
+        let tss = usize::try_from(KVM_TSS_BASE).expect("x86-64 has 64-bit pointers");
+        vm.set_tss_address(tss)
+            .map_err(failed("place the task state of the VM"))?;
+        vm.create_irq_chip()
+            .map_err(failed("make the interrupt controllers"))?;
+        Ok(Self(vm))
+    }
+
+    pub(crate) fn fd(&self) -> &VmFd {
+        &self.0
+    }
+
+    /// Copies the state. The vCPUs are paused.
+    pub(crate) fn save(&self) -> Result<KvmState, Error> {
+        let mut interrupt_controllers = Vec::new();
+        for chip_id in INTERRUPT_CONTROLLERS {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..Default::default()
+            };
+            self.0
+                .get_irqchip(&mut chip)
+                .map_err(failed("read the interrupt controllers"))?;
+            interrupt_controllers.push(chip);
+        }
+        Ok(KvmState {
+            interrupt_controllers,
+            clock: self.0.get_clock().map_err(failed("read the clock"))?,
+        })
+    }
+
+    /// Puts a state back. The guest's clock goes on from where it was.
+    pub(crate) fn restore(&self, state: &KvmState) -> Result<(), Error> {
+        for chip in &state.interrupt_controllers {
+            self.0
+                .set_irqchip(chip)
+                .map_err(failed("set the interrupt controllers"))?;
+        }
+        let clock = kvm_clock_data {
+            clock: state.clock.clock,
+            ..Default::default()
+        };
+        self.0.set_clock(&clock).map_err(failed("set the clock"))
+    }
+}
+
+fn failed(operation: &'static str) -> impl FnOnce(errno::Error) -> Error {
+    move |source| Error::Vm { operation, source }
+}
 
 impl fmt::Debug for KvmVm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

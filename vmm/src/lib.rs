@@ -27,4 +27,4 @@ pub mod worker;
 pub use error::Error;
 pub use probe::{ProbeError, probe};
 pub use vcpu::VcpuSetup;
-pub use vmm::{Confinement, VmFiles, Vmm};
+pub use vmm::{Confinement, RestoreFiles, VmFiles, VmState, Vmm};

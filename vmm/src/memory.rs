@@ -38,10 +38,34 @@ pub(crate) fn allocate(size_mib: u32) -> Result<GuestMemoryMmap, Error> {
     let size_mib = u64::from(size_mib);
     let file = create_memfd(size_mib * MIB)
         .map_err(|source| Error::AllocateMemory { size_mib, source })?;
+    map(file, size_mib * MIB)
+}
+
+/// Takes memory that another VM of the same size has left in `file`.
+pub(crate) fn adopt(file: File, size_mib: u32) -> Result<GuestMemoryMmap, Error> {
+    let size = u64::from(size_mib) * MIB;
+    let found = file.metadata().map_err(Error::AdoptMemory)?.len();
+    if found != size {
+        let source = io::Error::other(format!("it has {found} bytes, not {size}"));
+        return Err(Error::AdoptMemory(source));
+    }
+    map(file, size)
+}
+
+/// The file that holds all memory.
+pub(crate) fn file(memory: &GuestMemoryMmap) -> &File {
+    memory
+        .iter()
+        .find_map(GuestMemoryRegion::file_offset)
+        .expect("every region is mapped from it")
+        .file()
+}
+
+fn map(file: File, size: u64) -> Result<GuestMemoryMmap, Error> {
     let file = Arc::new(file);
     let mut offset = 0;
     let mut mappings = Vec::new();
-    for (base, len) in ranges(size_mib * MIB) {
+    for (base, len) in ranges(size) {
         let len_in_memory = usize::try_from(len).expect("x86-64 has 64-bit pointers");
         let part = FileOffset::from_arc(Arc::clone(&file), offset);
         mappings.push((base, len_in_memory, Some(part)));

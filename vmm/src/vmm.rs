@@ -1,8 +1,9 @@
 //! One virtual machine: built, started, ended.
 //!
 //! ```text
-//! new ──► built (vCPUs paused) ──start──► running ──guest or vCPU ends it──► over
-//!            └────────────────────────────── drop: threads joined, memory freed ──┘
+//! new ──────┐
+//! restore ──┴► paused ◄──start, pause──► running ──the guest or a vCPU ends it──► over
+//!                 └──────────────────────── drop: threads joined, memory freed ────┘
 //! ```
 
 use std::collections::BTreeMap;
@@ -11,21 +12,21 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use kvm_ioctls::{Kvm, VmFd};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
-use crate::board::{Board, Parts};
+use crate::board::{Board, BoardState, Parts};
 use crate::boot::{self, BootSource};
 use crate::config::{ConfigError, VmConfig};
 use crate::control::ExitReason;
 use crate::devices::vsock::VsockHandle;
 use crate::end::End;
 use crate::error::Error;
-use crate::kvm::{self, KvmVm};
-use crate::layout::{KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE};
+use crate::kvm::{self, KvmState, KvmVm};
 use crate::memory;
-use crate::vcpu::{CpuModel, ExitKind, Surroundings, Vcpu, VcpuSetup};
+use crate::snapshot::RestoreError;
+use crate::vcpu::{CpuModel, ExitKind, Surroundings, Vcpu, VcpuSetup, VcpuState};
 use crate::virtio::worker::ThreadSetup;
 
 /// The files of a VM.
@@ -38,6 +39,17 @@ pub struct VmFiles {
     /// Where the guest's console goes. It is made non-blocking: what it does not take at once is lost, and counted.
     pub console: File,
     /// One for each disk of the description.
+    pub disks: Vec<File>,
+}
+
+/// The files of a VM that goes on where another was saved.
+#[derive(Debug)]
+pub struct RestoreFiles {
+    /// What [`Vmm::memory_file`] held of the saved VM. It becomes the memory of the new one.
+    pub memory: File,
+    /// As [`VmFiles::console`].
+    pub console: File,
+    /// As [`VmFiles::disks`].
     pub disks: Vec<File>,
 }
 
@@ -65,8 +77,26 @@ pub struct Vmm {
     vcpus: Vec<Vcpu>,
     board: Board,
     end: Arc<End>,
+    kvm: Arc<KvmVm>,
     /// After the vCPUs: KVM uses the mapping while they run.
-    _memory: GuestMemoryMmap,
+    memory: GuestMemoryMmap,
+}
+
+/// What a VM is built around.
+#[derive(Debug)]
+struct Machine {
+    console: File,
+    disks: Vec<File>,
+    memory: GuestMemoryMmap,
+}
+
+/// The state of a VM as data, without its memory.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmState {
+    vcpus: Vec<VcpuState>,
+    kvm: KvmState,
+    board: BoardState,
 }
 
 impl Vmm {
@@ -82,34 +112,15 @@ impl Vmm {
         confinement: Confinement,
     ) -> Result<Self, Error> {
         config.validate()?;
-        if config.disks.len() != files.disks.len() {
-            return Err(Error::Config(ConfigError::DiskFiles {
-                disks: config.disks.len(),
-                files: files.disks.len(),
-            }));
-        }
-        set_nonblocking(&files.console).map_err(Error::Console)?;
-
-        let kvm = kvm::open()?;
-        let vm = create_vm(&kvm)?;
         let memory = memory::allocate(config.memory_mib)?;
-        memory::register(&vm, &memory)?;
-        let vm = Arc::new(KvmVm(vm));
-        let end = Arc::new(End::new().map_err(Error::EventFd)?);
-        let board = Board::new(
-            Parts {
-                config,
-                console: files.console,
-                disks: files.disks,
-                memory: &memory,
-                hypervisor: vm.clone(),
-                end: &end,
-                setup: confinement.device,
-            },
-            on_ready,
-        )?;
+        let machine = Machine {
+            console: files.console,
+            disks: files.disks,
+            memory,
+        };
+        let vmm = Self::build(config, machine, on_ready, confinement)?;
         let entry = boot::load(
-            &memory,
+            &vmm.memory,
             BootSource {
                 kernel: &mut files.kernel,
                 initramfs: &mut files.initramfs,
@@ -117,7 +128,75 @@ impl Vmm {
                 vcpus: config.vcpus,
             },
         )?;
+        // The others wait for the kernel to start them.
+        vmm.vcpus[0].boot_at(entry)?;
+        Ok(vmm)
+    }
 
+    /// Builds a VM that goes on where another was saved. `config` is that one's.
+    ///
+    /// # Errors
+    /// See [`Error`]. Nothing is left behind, but `memory` may have changed.
+    pub fn restore(
+        config: &VmConfig,
+        files: RestoreFiles,
+        state: VmState,
+        confinement: Confinement,
+    ) -> Result<Self, Error> {
+        config.validate()?;
+        let memory = memory::adopt(files.memory, config.memory_mib)?;
+        let machine = Machine {
+            console: files.console,
+            disks: files.disks,
+            memory,
+        };
+        // Its guest has been ready before.
+        let vmm = Self::build(config, machine, || (), confinement)?;
+        if state.vcpus.len() != vmm.vcpus.len() {
+            return Err(Error::Restore(RestoreError {
+                device: "VM",
+                reason: format!("it has {} vCPUs", state.vcpus.len()),
+            }));
+        }
+        vmm.kvm.restore(&state.kvm)?;
+        vmm.board.restore(state.board)?;
+        for (vcpu, state) in vmm.vcpus.iter().zip(state.vcpus) {
+            vcpu.restore(state)?;
+        }
+        Ok(vmm)
+    }
+
+    /// All of a VM but what is in its memory and registers.
+    fn build(
+        config: &VmConfig,
+        machine: Machine,
+        on_ready: impl FnOnce() + Send + 'static,
+        confinement: Confinement,
+    ) -> Result<Self, Error> {
+        if config.disks.len() != machine.disks.len() {
+            return Err(Error::Config(ConfigError::DiskFiles {
+                disks: config.disks.len(),
+                files: machine.disks.len(),
+            }));
+        }
+        set_nonblocking(&machine.console).map_err(Error::Console)?;
+        let memory = machine.memory;
+        let kvm = kvm::open()?;
+        let vm = Arc::new(KvmVm::new(&kvm)?);
+        memory::register(vm.fd(), &memory)?;
+        let end = Arc::new(End::new().map_err(Error::EventFd)?);
+        let board = Board::new(
+            Parts {
+                config,
+                console: machine.console,
+                disks: machine.disks,
+                memory: &memory,
+                hypervisor: vm.clone(),
+                end: &end,
+                setup: confinement.device,
+            },
+            on_ready,
+        )?;
         let model = CpuModel::new(&kvm, config.vcpus)?;
         let surroundings = Surroundings {
             buses: Arc::clone(&board.buses),
@@ -125,25 +204,55 @@ impl Vmm {
             setup: confinement.vcpu,
         };
         let vcpus = (0..config.vcpus)
-            .map(|index| Vcpu::new(&vm.0, index, &model, surroundings.clone()))
+            .map(|index| Vcpu::new(vm.fd(), index, &model, surroundings.clone()))
             .collect::<Result<Vec<_>, _>>()?;
-        // The others wait for the kernel to start them.
-        vcpus[0].boot_at(entry)?;
-
         Ok(Self {
             vcpus,
             board,
             end,
-            _memory: memory,
+            kvm: vm,
+            memory,
         })
     }
 
-    /// Lets the guest run.
+    /// Lets the guest run, for the first time or after [`Self::pause`].
     ///
     /// # Errors
     /// When the thread of a vCPU has ended.
     pub fn start(&self) -> Result<(), Error> {
+        self.board.resume();
         self.vcpus.iter().try_for_each(Vcpu::resume)
+    }
+
+    /// Stops the guest between two instructions, and its devices between two requests.
+    ///
+    /// # Errors
+    /// When the thread of a vCPU has ended.
+    pub fn pause(&self) -> Result<(), Error> {
+        self.vcpus.iter().try_for_each(Vcpu::pause)?;
+        self.board.pause();
+        Ok(())
+    }
+
+    /// Copies the state of the paused VM, without its memory.
+    ///
+    /// # Errors
+    /// When KVM does not give it.
+    pub fn save(&self) -> Result<VmState, Error> {
+        Ok(VmState {
+            vcpus: self
+                .vcpus
+                .iter()
+                .map(Vcpu::save)
+                .collect::<Result<_, _>>()?,
+            kvm: self.kvm.save()?,
+            board: self.board.save(),
+        })
+    }
+
+    /// The file that holds the guest's memory.
+    pub fn memory_file(&self) -> &File {
+        memory::file(&self.memory)
     }
 
     /// The way to open connections into the guest.
@@ -177,21 +286,6 @@ impl AsFd for Vmm {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.end.as_fd()
     }
-}
-
-/// Makes a VM with an interrupt controller in the kernel. There is no PIT: hardware-reduced ACPI tells Linux so, and
-/// kvm-clock and the TSC deadline timer need no calibration by one.
-fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
-    let failed = |operation| move |source| Error::Vm { operation, source };
-    let vm = kvm.create_vm().map_err(failed("make a VM"))?;
-    vm.set_identity_map_address(KVM_IDENTITY_MAP_BASE)
-        .map_err(failed("place its identity map"))?;
-    let tss = usize::try_from(KVM_TSS_BASE).expect("x86-64 has 64-bit pointers");
-    vm.set_tss_address(tss)
-        .map_err(failed("place its task state"))?;
-    vm.create_irq_chip()
-        .map_err(failed("make the interrupt controllers"))?;
-    Ok(vm)
 }
 
 fn set_nonblocking(file: &File) -> io::Result<()> {

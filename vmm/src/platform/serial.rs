@@ -13,7 +13,7 @@ use vm_superio::{Serial, SerialState as Registers, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
-use crate::snapshot::{RestoreError, Snapshot};
+use crate::snapshot::RestoreError;
 
 /// Counters of the serial port.
 #[derive(Debug, Default)]
@@ -125,10 +125,9 @@ pub(crate) struct SerialState {
     in_buffer: Vec<u8>,
 }
 
-impl Snapshot for SerialPort {
-    type State = SerialState;
-
-    fn save(&self) -> SerialState {
+impl SerialPort {
+    /// Copies the registers.
+    pub(crate) fn save(&self) -> SerialState {
         let registers = self
             .uart
             .lock()
@@ -148,7 +147,8 @@ impl Snapshot for SerialPort {
         }
     }
 
-    fn restore(&mut self, state: SerialState) -> Result<(), RestoreError> {
+    /// Puts a copy of the registers back. On failure the port is as it was.
+    pub(crate) fn restore(&self, state: SerialState) -> Result<(), RestoreError> {
         let registers = Registers {
             baud_divisor_low: state.baud_divisor_low,
             baud_divisor_high: state.baud_divisor_high,
@@ -171,7 +171,7 @@ impl Snapshot for SerialPort {
             device: "serial port",
             reason: format!("{err:?}"),
         })?;
-        self.uart = Mutex::new(uart);
+        *self.uart.lock().unwrap_or_else(PoisonError::into_inner) = uart;
         Ok(())
     }
 }
@@ -225,7 +225,7 @@ mod tests {
         port.write(7, &[0x5a]);
         let state = port.save();
         let text = serde_json::to_string(&state).unwrap();
-        let (mut other, _) = self::port();
+        let (other, _) = self::port();
         other.restore(serde_json::from_str(&text).unwrap()).unwrap();
         assert_eq!(other.save(), state);
         let mut divisor = [0];
@@ -235,7 +235,7 @@ mod tests {
 
     #[test]
     fn a_state_with_too_long_an_input_is_refused() {
-        let (mut port, _) = port();
+        let (port, _) = port();
         let before = port.save();
         let mut state = port.save();
         state.in_buffer = vec![0; 1000];

@@ -53,10 +53,10 @@ fn memory_above_the_hole_is_used() {
     // The kernel takes from the highest zone first, which is all above 4 GiB here.
     let mut guest = Guest::new(
         "free() { awk '/zone/{zone=$4} /pages free/ && zone == \"Normal\" {print $3}' /proc/zoneinfo; }\n\
-         mount -t tmpfs t /mnt; before=$(free); head -c 96m /dev/zero > /mnt/zero; after=$(free)\n\
-         [ $((before - after)) -gt 20000 ] && echo HUSK took it there; poweroff -f\n",
+         mount -t tmpfs t /mnt; before=$(free); head -c 32m /dev/zero > /mnt/zero; after=$(free)\n\
+         [ $((before - after)) -gt 7000 ] && echo HUSK took it there; poweroff -f\n",
     );
-    guest.config.memory_mib = 3 * 1024 + 256;
+    guest.config.memory_mib = 3 * 1024 + 128;
     boots_with(guest, "HUSK took it there\n");
 }
 

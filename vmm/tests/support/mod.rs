@@ -16,7 +16,7 @@ use husk_vmm::{Confinement, VmFiles, Vmm};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// More than any of these guests needs, under emulation and beside other work.
-const PATIENCE: Duration = Duration::from_secs(180);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 /// What a guest is made of.
 #[derive(Debug)]
@@ -55,19 +55,18 @@ impl Guest {
 
     /// Builds and starts it with another initramfs.
     pub(crate) fn start_with(self, initramfs: File) -> Running {
-        let (reader, writer) = std::io::pipe().unwrap();
+        let (console, output) = Console::new();
         let files = VmFiles {
             kernel: File::open(&self.kernel).unwrap_or_else(|err| {
                 panic!("{}: {err}; build it with ci/guest", self.kernel.display())
             }),
             initramfs,
-            console: File::from(OwnedFd::from(writer)),
+            console: output,
             disks: self.disks,
         };
         let begin = Instant::now();
         let vmm = Vmm::new(&self.config, files, || (), Confinement::NONE).unwrap();
         println!("built in {:?}", begin.elapsed());
-        let console = Console::follow(File::from(OwnedFd::from(reader)));
         vmm.start().unwrap();
         Running {
             vmm,
@@ -86,6 +85,14 @@ pub(crate) struct Running {
 }
 
 impl Running {
+    pub(crate) fn new(vmm: Vmm, console: Console) -> Self {
+        Self {
+            vmm,
+            console,
+            begin: Instant::now(),
+        }
+    }
+
     /// Waits for the end of the VM; returns the reason and all that the console said.
     #[track_caller]
     pub(crate) fn end(self) -> (ExitReason, String) {
@@ -116,13 +123,21 @@ pub(crate) struct Console {
 }
 
 impl Console {
+    /// A console, and where the VM writes to.
+    pub(crate) fn new() -> (Self, File) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let console = Self::follow(File::from(OwnedFd::from(reader)));
+        (console, File::from(OwnedFd::from(writer)))
+    }
+
     fn follow(mut pipe: File) -> Self {
         let seen = Arc::new((Mutex::new(String::new()), Condvar::new()));
         let shared = Arc::clone(&seen);
         let reader = thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok(count @ 1..) = pipe.read(&mut buffer) {
-                let text = String::from_utf8_lossy(&buffer[..count]);
+                // The guest's terminal layer ends lines as a terminal wants them.
+                let text = String::from_utf8_lossy(&buffer[..count]).replace('\r', "");
                 shared.0.lock().unwrap().push_str(&text);
                 shared.1.notify_all();
             }

@@ -65,7 +65,7 @@ impl CpuModel {
 /// configuration and the host.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct VcpuState {
+pub(crate) struct VcpuState {
     mp_state: kvm_mp_state,
     regs: kvm_regs,
     sregs: kvm_sregs,

@@ -1,0 +1,94 @@
+//! A guest that is paused, saved, and goes on elsewhere.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use husk_vmm::control::ExitReason;
+use husk_vmm::{Confinement, RestoreFiles, VmState, Vmm};
+
+use crate::support::{self, Guest, Running};
+
+/// Counts forever, and looks at the clock and the entropy device, so that a guest that has lost time or interrupts is
+/// noticed. Ends when it has counted to 30 after it was told of by a file that only the memory holds.
+const COUNT: &str = "echo $$ > /mnt/token\n\
+    n=0; while [ $n -lt 30 ]; do n=$((n + 1)); echo HUSK $n; sleep 0.1; head -c 16 /dev/hwrng > /mnt/random; done\n\
+    [ \"$(cat /mnt/token)\" = 1 ] && echo HUSK all there; poweroff -f\n";
+
+#[test]
+fn a_paused_guest_goes_on() {
+    support::require_kvm!();
+    let running = Guest::new(COUNT).start();
+    running.console.wait_for("HUSK 3\n");
+    running.vmm.pause().unwrap();
+    running.vmm.start().unwrap();
+    let (reason, output) = running.end();
+    assert_eq!(reason, ExitReason::PowerOff);
+    assert!(output.contains("HUSK 30\nHUSK all there\n"), "{output}");
+}
+
+#[test]
+fn a_saved_guest_goes_on_in_another_vm() {
+    support::require_kvm!();
+    let mut guest = Guest::new(COUNT);
+    guest.config.vcpus = 2;
+    let config = guest.config.clone();
+    let running = guest.start();
+    running.console.wait_for("HUSK 3\n");
+    running.vmm.pause().unwrap();
+    let state = serde_json::to_string(&running.vmm.save().unwrap()).unwrap();
+    println!("the state has {} bytes", state.len());
+    let memory = running.vmm.memory_file().try_clone().unwrap();
+    drop(running.vmm);
+
+    let state: VmState = serde_json::from_str(&state).unwrap();
+    let (console, output) = support::Console::new();
+    let vmm = Vmm::restore(
+        &config,
+        RestoreFiles {
+            memory,
+            console: output,
+            disks: Vec::new(),
+        },
+        state,
+        Confinement::NONE,
+    )
+    .unwrap();
+    vmm.start().unwrap();
+    let (reason, output) = Running::new(vmm, console).end();
+    assert_eq!(reason, ExitReason::PowerOff);
+    assert!(!output.contains("HUSK 1\n"), "{output}");
+    assert!(output.contains("HUSK 30\nHUSK all there\n"), "{output}");
+}
+
+#[test]
+fn a_state_does_not_fit_a_vm_of_another_shape() {
+    support::require_kvm!();
+    let guest = Guest::new("sleep 1000\n");
+    let config = guest.config.clone();
+    let running = guest.start();
+    running.vmm.pause().unwrap();
+    let state = serde_json::to_string(&running.vmm.save().unwrap()).unwrap();
+    let restore = |config: &husk_vmm::config::VmConfig| {
+        let console: OwnedFd = std::io::pipe().unwrap().1.into();
+        let files = RestoreFiles {
+            memory: running.vmm.memory_file().try_clone().unwrap(),
+            console: File::from(console),
+            disks: Vec::new(),
+        };
+        Vmm::restore(
+            config,
+            files,
+            serde_json::from_str(&state).unwrap(),
+            Confinement::NONE,
+        )
+    };
+    let mut larger = config.clone();
+    larger.memory_mib += 1;
+    assert!(restore(&larger).is_err());
+    let mut wider = config.clone();
+    wider.vcpus = 2;
+    assert!(restore(&wider).is_err());
+    let mut other = config;
+    other.guest_cid = 4;
+    assert!(restore(&other).is_err());
+}
