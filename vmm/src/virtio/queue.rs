@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{ByteValued, Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
@@ -18,6 +19,10 @@ use super::{ActivateError, Activation, ActiveQueue, Interrupt};
 /// Most buffers in one descriptor chain. An indirect table could name 65535; no driver needs more than one system call
 /// takes (UIO_MAXIOV), and the devices tell drivers so where the device type has a field for it.
 pub const MAX_SEGMENTS: usize = 1024;
+
+/// How long an answer may lie in the used ring while the requests behind it are served. Requests that are served faster
+/// than this share an interrupt; whoever waits for one before a slow one need not wait for both.
+pub const MAX_SILENCE: Duration = Duration::from_micros(100);
 
 /// The rings themselves are unusable. The device cannot go on without a reset.
 #[derive(Debug, thiserror::Error)]
@@ -151,7 +156,7 @@ impl Virtqueue {
     }
 
     /// Serves every chain that the driver has made available; returns each exactly once, with the number of bytes that
-    /// `serve` says it wrote, and tells the driver once at the end.
+    /// `serve` says it wrote, and tells the driver at the end, or earlier if that takes longer than [`MAX_SILENCE`].
     ///
     /// After a ring's worth of chains it kicks its own queue and returns, so that a driver that never stops cannot keep
     /// the thread from its other descriptors.
@@ -161,12 +166,17 @@ impl Virtqueue {
     pub fn drain(&mut self, mut serve: impl FnMut(Chain<'_>) -> u32) -> Result<(), QueueError> {
         let memory = self.memory();
         let mut budget = self.queue.size();
+        let mut told = Instant::now();
         self.suppress_kicks()?;
         loop {
             while let Some(chain) = self.pop(&memory)? {
                 let head = chain.head();
                 let written = serve(chain);
                 self.push_used(head, written)?;
+                if told.elapsed() >= MAX_SILENCE {
+                    self.notify_if_needed()?;
+                    told = Instant::now();
+                }
                 budget = budget.saturating_sub(1);
                 if budget == 0 {
                     self.kick_self()?;

@@ -7,6 +7,9 @@ use std::sync::Arc;
 
 use fuse_backend_rs::api::filesystem::{FileSystem, FsOptions};
 use fuse_backend_rs::api::server::Server;
+use rustix::thread::{
+    CapabilitiesSecureBits, capabilities_secure_bits, set_capabilities_secure_bits,
+};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
@@ -28,9 +31,6 @@ pub const REQUEST_QUEUE: u16 = 1;
 /// A request of 1 MiB has 256 buffers and some. Linux limits its requests by the size of the queue, even where it uses
 /// indirect descriptors.
 const QUEUE_SIZES: [u16; 2] = [128, 1024];
-
-/// SECBIT_NO_SETUID_FIXUP (capabilities(7)).
-const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
 
 /// Why the device cannot go on, or cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -124,18 +124,16 @@ impl FsDevice {
     }
 }
 
-/// Lets this thread change its user without a change of its capabilities.
+/// Lets this thread change its user without a change of its capabilities, unless it does so already.
 fn keep_capabilities_of_users() {
-    // SAFETY: takes and changes numbers of this thread only.
-    let bits = unsafe { libc::prctl(libc::PR_GET_SECUREBITS) };
-    let wanted = libc::c_ulong::from(bits.cast_unsigned()) | NO_SETUID_FIXUP;
-    // SAFETY: as above.
-    let failed = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, wanted) } != 0;
-    if failed && bits.cast_unsigned() & 4 == 0 {
-        log::warn!(
-            "users of the guest cannot make files by right of a supplementary group: {}",
-            io::Error::last_os_error()
-        );
+    let kept = capabilities_secure_bits().and_then(|bits| {
+        set_capabilities_secure_bits(bits | CapabilitiesSecureBits::NO_SETUID_FIXUP)
+    });
+    let bits = capabilities_secure_bits().unwrap_or(CapabilitiesSecureBits::empty());
+    if let Err(err) = kept
+        && !bits.contains(CapabilitiesSecureBits::NO_SETUID_FIXUP)
+    {
+        log::warn!("users of the guest cannot make files by right of a supplementary group: {err}");
     }
 }
 

@@ -419,10 +419,12 @@ impl Connection {
 
     fn shutdown_to_tell(&self) -> u32 {
         let mut flags = 0;
-        if self.ended {
+        // Nobody looks for the end behind bytes that the guest does not want.
+        let ended = self.ended || (self.hung_up && self.guest_shutdown & SHUTDOWN_RECEIVE != 0);
+        if ended {
             flags |= SHUTDOWN_SEND;
         }
-        if self.unread || (self.ended && self.hung_up) {
+        if self.unread || (ended && self.hung_up) {
             flags |= SHUTDOWN_RECEIVE;
         }
         flags

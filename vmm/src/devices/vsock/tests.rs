@@ -381,6 +381,20 @@ fn half_close_of_the_guest_is_the_end_of_file() {
 }
 
 #[test]
+fn close_of_the_host_reaches_a_guest_that_no_longer_receives() {
+    let mut guest = Guest::boot();
+    let mut pair = guest.connected();
+    guest.send(pair.shutdown(SHUTDOWN_RECEIVE), &[]);
+    let data = pair.data(2);
+    guest.send(data, b"ok");
+    let mut bytes = [0; 2];
+    pair.host.read_exact(&mut bytes).unwrap();
+    drop(pair.host);
+    let (shutdown, _) = guest.receive_op(op::SHUTDOWN);
+    assert_eq!(shutdown.flags, SHUTDOWN_BOTH);
+}
+
+#[test]
 fn host_that_closes_with_bytes_unread_shuts_both_directions() {
     let mut guest = Guest::boot();
     let mut pair = guest.connected();
