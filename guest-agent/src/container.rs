@@ -256,6 +256,7 @@ impl Containers {
         let container = self.get(id)?;
         let mut resources: LinuxResources = parse("the resources", resources)?;
         container.must_exist()?;
+        spec::forbid_swap(&mut resources);
         // libcgroups always writes the device rules, and none would mean the default ones.
         let first = container
             .spec

@@ -75,6 +75,8 @@ pub(crate) enum Report {
     Done { pid: Option<i32> },
     /// The process is about to execute its program. Unless a failure follows, it does.
     Executing,
+    /// An error that libcontainer has met and will report in fewer words, or that happens where it can no longer report.
+    Trouble { message: String },
     /// In words for the user.
     Failed { message: String },
 }
@@ -85,6 +87,8 @@ pub(crate) struct Reports {
     lines: BufReader<pipe::Receiver>,
     /// Of a report that has come in part, when waiting for it was given up.
     line: Vec<u8>,
+    /// The first that was reported: the others are its consequences.
+    trouble: Option<String>,
 }
 
 impl Reports {
@@ -92,6 +96,7 @@ impl Reports {
         Self {
             lines: BufReader::new(pipe),
             line: Vec::new(),
+            trouble: None,
         }
     }
 
@@ -120,11 +125,10 @@ impl Reports {
             match self.next().await? {
                 Some(Report::Done { pid }) => return Ok(pid.map(Pid::from_raw)),
                 Some(Report::Executing) => {}
-                Some(Report::Failed { message }) => return Err(Error::Launch(message)),
+                Some(Report::Trouble { message }) => self.note(message),
+                Some(Report::Failed { message }) => return Err(self.failure(message)),
                 None => {
-                    return Err(Error::Launch(
-                        "the process that builds containers died; its log is on the guest's console".to_owned(),
-                    ));
+                    return Err(self.failure("the process that builds containers died".to_owned()));
                 }
             }
         }
@@ -136,17 +140,24 @@ impl Reports {
         loop {
             match self.next().await? {
                 Some(Report::Executing) => executing = true,
+                Some(Report::Trouble { message }) => self.note(message),
                 Some(Report::Failed { message }) => return Err(Error::Launch(message)),
                 Some(Report::Done { .. }) => {}
                 None if executing => return Ok(()),
                 None => {
-                    return Err(Error::Launch(
-                        "the container ended before it ran its program; the reason is on the guest's console"
-                            .to_owned(),
-                    ));
+                    let message = "the container ended before it executed its program";
+                    return Err(self.failure(message.to_owned()));
                 }
             }
         }
+    }
+
+    fn note(&mut self, trouble: String) {
+        self.trouble.get_or_insert(trouble);
+    }
+
+    fn failure(&mut self, message: String) -> Error {
+        Error::Launch(self.trouble.take().unwrap_or(message))
     }
 }
 
@@ -255,6 +266,25 @@ mod tests {
         let mut reports = reports(&[failed("no such program"), failed("some consequence")]);
         let error = reports.done().await.expect_err("it failed");
         assert_eq!(error.to_string(), "no such program");
+    }
+
+    #[tokio::test]
+    async fn first_trouble_is_the_reason_of_the_failure() {
+        let trouble = |message: &str| Report::Trouble {
+            message: message.to_owned(),
+        };
+        let said = [
+            trouble("no such folder"),
+            trouble("no root file system"),
+            failed("failed"),
+        ];
+        let error = reports(&said).done().await.expect_err("it failed");
+        assert_eq!(error.to_string(), "no such folder");
+        let error = reports(&[trouble("a hook failed")])
+            .executed()
+            .await
+            .expect_err("it failed");
+        assert_eq!(error.to_string(), "a hook failed");
     }
 
     #[tokio::test]

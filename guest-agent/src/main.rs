@@ -64,7 +64,7 @@ fn run() -> Result<()> {
         .write(true)
         .open(logging::CONSOLE)
         .context("opening the console")?;
-    logging::start(level, console);
+    logging::start(level, console, logging::nobody());
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

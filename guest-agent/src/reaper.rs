@@ -205,6 +205,10 @@ mod tests {
     }
 
     #[tokio::test]
+    #[expect(
+        clippy::zombie_processes,
+        reason = "waiting for it is what the reaper is for"
+    )]
     async fn real_children_are_reaped_with_their_status() {
         let reaper = Arc::new(Reaper::default());
         let signals = Reaper::signals().expect("SIGCHLD can be caught");

@@ -2,21 +2,22 @@
 //! host is put in, what the guest does not have is taken out, and what libcontainer would do differently from runc is
 //! spelled out.
 
+use std::fs;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use nix::sys::resource::{Resource, getrlimit};
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxSeccomp, PosixRlimitBuilder,
-    PosixRlimitType, Process, Spec,
+    Hooks, Linux, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    PosixRlimitBuilder, PosixRlimitType, Process, Spec,
 };
 use pathrs::Root;
 use pathrs::flags::OpenFlags;
 
 use crate::cgroup::Cgroup;
 use crate::devices::{self, Node};
-use crate::error::{Error, Result};
+use crate::error::{During, Error, Result};
 
 /// A specification that is ready for libcontainer, and what the agent keeps of it.
 #[derive(Debug)]
@@ -38,6 +39,7 @@ pub(crate) fn prepare(
         .as_ref()
         .map(|root| root.path().clone())
         .ok_or_else(|| missing("root"))?;
+    fs::metadata(&root).during(format!("finding the root file system {}", root.display()))?;
     let process = spec
         .process_mut()
         .as_mut()
@@ -51,6 +53,9 @@ pub(crate) fn prepare(
     devices::adapt(linux, lookup)?;
     set_namespaces(linux)?;
     linux.set_cgroups_path(Some(Cgroup::name(container_id).into()));
+    if let Some(resources) = linux.resources_mut() {
+        forbid_swap(resources);
+    }
     if linux.seccomp().as_ref().is_some_and(has_listener) {
         return Err(Error::Invalid(
             "a seccomp listener is on the host, where a guest cannot send descriptors".to_owned(),
@@ -138,7 +143,7 @@ fn limit_locked_memory(process: &mut Process) {
 /// runc makes the first process' working directory if the image lacks it.
 fn make_working_directory(process: &Process, root: &Path) {
     let made = Root::open(root)
-        .and_then(|root| root.mkdir_all(process.cwd(), &std::fs::Permissions::from_mode(0o755)));
+        .and_then(|root| root.mkdir_all(process.cwd(), &fs::Permissions::from_mode(0o755)));
     if let Err(error) = made {
         // It may be in a mount, or the root may be read-only: what matters is whether the process can enter it.
         tracing::debug!(%error, "the working directory was not made");
@@ -177,6 +182,23 @@ fn set_namespaces(linux: &mut Linux) -> Result<()> {
     }
     linux.set_namespaces(Some(namespaces));
     Ok(())
+}
+
+/// A limit of memory and swap together that equals that of memory alone forbids swap. libcgroups takes the difference, a
+/// zero, for "unset".
+pub(crate) fn forbid_swap(resources: &mut LinuxResources) {
+    let Some(memory) = resources.memory() else {
+        return;
+    };
+    if memory
+        .limit()
+        .is_some_and(|limit| limit > 0 && memory.swap() == Some(limit))
+    {
+        let unified = resources.unified_mut().get_or_insert_default();
+        unified
+            .entry("memory.swap.max".to_owned())
+            .or_insert_with(|| "0".to_owned());
+    }
 }
 
 /// Whether the first process is the init of a PID namespace of its own, and so takes all others with it when it ends.
@@ -245,9 +267,9 @@ mod tests {
 
     fn rootfs() -> tempfile::TempDir {
         let root = tempfile::tempdir().expect("a folder");
-        std::fs::create_dir(root.path().join("etc")).expect("a folder");
+        fs::create_dir(root.path().join("etc")).expect("a folder");
         let passwd = "root:x:0:0:root:/root:/bin/sh\nme:x:1000:1000::/home/me:/bin/sh\n";
-        std::fs::write(root.path().join("etc/passwd"), passwd).expect("a file");
+        fs::write(root.path().join("etc/passwd"), passwd).expect("a file");
         root
     }
 
@@ -292,6 +314,15 @@ mod tests {
         );
         let linux = prepared.spec.linux().as_ref().expect("it has one");
         assert_eq!(linux.sysctl().as_ref().map(|left| left.len()), Some(1));
+    }
+
+    #[test]
+    fn no_swap_beside_the_memory_means_no_swap() {
+        let memory = json!({ "memory": { "limit": 64, "swap": 64 } });
+        let mut resources = serde_json::from_value(memory).expect("fair resources");
+        forbid_swap(&mut resources);
+        let unified = resources.unified().as_ref().expect("set");
+        assert_eq!(unified["memory.swap.max"], "0");
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod generated {
         unreachable_pub,
         missing_debug_implementations,
         clippy::all,
+        clippy::needless_pass_by_value,
         clippy::cast_possible_truncation,
         clippy::unwrap_used,
         reason = "generated code; its documentation is proto/agent.proto"

@@ -5,6 +5,7 @@
 
 mod program;
 
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -12,13 +13,16 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context, Result};
+use anyhow::Context as _;
 use libcgroups::common::{CgroupConfig, CgroupManager, ControllerOpt};
 use libcontainer::capabilities::CapabilityExt;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, LinuxResources, Process};
 use rustix::io::FdFlags;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::layer::{Context, Layer};
 
 use crate::cgroup::Cgroup;
 use crate::launch::{Order, Report, Work};
@@ -36,7 +40,7 @@ pub(crate) fn main(argument: &str) -> ExitCode {
     let reporter = Reporter::new(inherit(order.reports));
     let gate = order.gate.map(inherit);
     if let Ok(console) = OpenOptions::new().write(true).open(crate::logging::CONSOLE) {
-        crate::logging::start(&order.log_level, console);
+        crate::logging::start(&order.log_level, console, Troubles(reporter.clone()));
     }
     match follow(order, &reporter, gate) {
         Ok(pid) => {
@@ -85,7 +89,47 @@ impl Reporter {
     }
 }
 
-fn follow(order: Order, reporter: &Reporter, gate: Option<OwnedFd>) -> Result<Option<i32>> {
+/// Hands libcontainer's errors to the agent. What it returns in the end says that a step failed; why, it only logs.
+struct Troubles(Reporter);
+
+impl<S: Subscriber> Layer<S> for Troubles {
+    fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
+        if *event.metadata().level() == Level::ERROR {
+            let mut words = Words::default();
+            event.record(&mut words);
+            self.0.tell(&Report::Trouble {
+                message: words.into_sentence(),
+            });
+        }
+    }
+}
+
+/// An event's message, and its fields as `name: value`.
+#[derive(Default)]
+struct Words {
+    message: String,
+    fields: Vec<String>,
+}
+
+impl Words {
+    fn into_sentence(self) -> String {
+        match self.fields.as_slice() {
+            [] => self.message,
+            fields => format!("{} ({})", self.message, fields.join(", ")),
+        }
+    }
+}
+
+impl Visit for Words {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        match field.name() {
+            "message" => self.message = format!("{value:?}"),
+            name => self.fields.push(format!("{name}: {value:?}")),
+        }
+    }
+}
+
+fn follow(order: Order, reporter: &Reporter, gate: Option<OwnedFd>) -> anyhow::Result<Option<i32>> {
     let confinement = match &order.work {
         Work::Exec { confinement, .. } => confinement.as_deref().cloned(),
         Work::Create { .. } | Work::Update { .. } => None,
@@ -128,7 +172,7 @@ fn follow(order: Order, reporter: &Reporter, gate: Option<OwnedFd>) -> Result<Op
 
 /// Gives the process every capability for the time until its filter is in place: installing one without the
 /// `no_new_privs` bit takes `CAP_SYS_ADMIN`, and giving the others up takes `CAP_SETPCAP`.
-fn keep_capabilities(process: &Path) -> Result<()> {
+fn keep_capabilities(process: &Path) -> anyhow::Result<()> {
     let text = fs::read(process).context("reading the process")?;
     let mut spec: Process = serde_json::from_slice(&text).context("reading the process")?;
     spec.set_capabilities(Some(all_capabilities()));
@@ -152,7 +196,7 @@ fn all_capabilities() -> LinuxCapabilities {
 }
 
 /// Writes new limits to the container's cgroup.
-fn update(container_id: &str, resources: &Path) -> Result<()> {
+fn update(container_id: &str, resources: &Path) -> anyhow::Result<()> {
     let text = fs::read(resources).context("reading the resources")?;
     let resources: LinuxResources =
         serde_json::from_slice(&text).context("reading the resources")?;
@@ -168,4 +212,18 @@ fn update(container_id: &str, resources: &Path) -> Result<()> {
         freezer_state: None,
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trouble_is_told_with_its_fields() {
+        let words = Words {
+            message: "failed to chdir".to_owned(),
+            fields: vec!["err: ENOENT".to_owned()],
+        };
+        assert_eq!(words.into_sentence(), "failed to chdir (err: ENOENT)");
+    }
 }

@@ -52,6 +52,7 @@ impl Program {
         }
     }
 
+    /// libcontainer reports this too, in more words; the agent keeps the first report.
     fn fail(&self, message: &str) {
         self.reporter.tell(&Report::Failed {
             message: message.to_owned(),
