@@ -121,7 +121,7 @@ impl Vmm {
         let vmm = Self::build(config, machine, on_ready, confinement)?;
         let entry = boot::load(
             &vmm.memory,
-            BootSource {
+            &mut BootSource {
                 kernel: &mut files.kernel,
                 initramfs: &mut files.initramfs,
                 kernel_params: &config.kernel_params,

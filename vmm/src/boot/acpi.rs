@@ -306,9 +306,9 @@ mod tests {
     const RAM_END: u64 = 256 << 20;
 
     fn table_at(tables: &Tables, address: u64) -> &[u8] {
-        let at = (address - ACPI_BASE) as usize;
+        let at = usize::try_from(address - ACPI_BASE).unwrap();
         let len = u32::from_le_bytes(tables.bytes[at + 4..at + 8].try_into().unwrap());
-        &tables.bytes[at..at + len as usize]
+        &tables.bytes[at..at + usize::try_from(len).unwrap()]
     }
 
     fn qword(table: &[u8], at: usize) -> u64 {

@@ -27,7 +27,7 @@ pub(crate) struct BootSource<'a> {
 /// Loads everything and returns the address of the kernel's 64-bit entry point.
 pub(crate) fn load(
     memory: &GuestMemoryMmap,
-    source: BootSource<'_>,
+    source: &mut BootSource<'_>,
 ) -> Result<GuestAddress, Error> {
     let kernel = kernel::load(memory, source.kernel)?;
     let initramfs = initramfs::load(memory, source.initramfs, &kernel)?;

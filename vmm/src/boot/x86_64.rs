@@ -130,7 +130,7 @@ pub(crate) fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), Error> {
     write(pdpt | PTE_TABLE, PAGE_TABLES_BASE)?;
     write(pd | PTE_TABLE, pdpt)?;
     for index in 0..ENTRIES {
-        write(index * LARGE_PAGE_SIZE | PTE_LARGE_PAGE, pd + index * 8)?;
+        write((index * LARGE_PAGE_SIZE) | PTE_LARGE_PAGE, pd + index * 8)?;
     }
     for (index, descriptor) in (0u64..).zip(GDT) {
         write(descriptor, GDT_BASE + index * 8)?;
@@ -210,7 +210,7 @@ mod tests {
         assert_eq!(entry(pd), PTE_LARGE_PAGE);
         assert_eq!(
             entry(pd + 511 * 8),
-            (1 << 30) - LARGE_PAGE_SIZE | PTE_LARGE_PAGE
+            ((1 << 30) - LARGE_PAGE_SIZE) | PTE_LARGE_PAGE
         );
     }
 }

@@ -85,8 +85,8 @@ fn bare_guest(program: &[u8]) -> support::Running {
         elf.extend(field.to_le_bytes());
     }
     elf.extend(program);
-    let mut file = tempfile::NamedTempFile::new().unwrap();
-    file.write_all(&elf).unwrap();
+    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+    file.write_all(&elf).expect("a temporary file is written");
     let mut guest = Guest::new("");
     guest.kernel = file.path().to_owned();
     guest.start_with(support::file_of(b""))

@@ -1,5 +1,16 @@
 //! Guests for tests on real KVM: the project's kernel, and an initramfs that the test writes around a static busybox.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test ends where something of its own fails"
+)]
+#![allow(
+    dead_code,
+    unused_imports,
+    unused_macros,
+    reason = "each test program uses a part of it, so `expect` would fail in those that use all"
+)]
+
 mod cpio;
 
 use std::fs::File;

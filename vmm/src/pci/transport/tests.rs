@@ -4,7 +4,6 @@ use std::sync::Mutex as StdMutex;
 use std::sync::atomic::{AtomicU8, AtomicUsize};
 
 use serde_json::json;
-use vm_memory::GuestAddress;
 
 use super::*;
 use crate::kvm::testing::FakeHypervisor;
@@ -591,7 +590,7 @@ fn queue_memory_of_a_restored_state_is_checked_again() {
     driver.bring_up();
     driver.function.pause();
     let mut state = driver.function.save();
-    state.registers.queues[0].descriptors = GuestAddress(u64::MAX & !0xf).0;
+    state.registers.queues[0].descriptors = !0xf;
     let other = Driver::new();
     other.function.restore(state).unwrap();
     other.function.resume();
