@@ -19,6 +19,7 @@ use libcontainer::syscall::linux::LinuxSyscall;
 use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
+use nix::sys::signal::{SigHandler, Signal, signal};
 use oci_spec::runtime::{Process, Spec};
 use rustix::fs::Access;
 
@@ -93,6 +94,11 @@ impl Program {
                 "exec {name}: an argument or variable contains a NUL"
             ));
         };
+        // Rust's runtime ignores SIGPIPE, which execve would hand on.
+        // SAFETY: the default action is no handler whose code could be unfit to run.
+        if let Err(error) = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) } {
+            return Err(format!("exec {name}: {}", describe(error)));
+        }
         self.reporter.tell(&Report::Executing);
         let Err(error) = nix::unistd::execve(&path, &args, &env);
         Err(format!("exec {name}: {}", describe(error)))
