@@ -5,6 +5,7 @@
 //! - flags: CREATE, OPEN, READ and WRITE hand flags on to openat(2) and fcntl(2). O_PATH would drop O_EXCL and with it the
 //!   refusal to follow a symbolic link. Here only flags that a FUSE client has reason to send pass.
 //! - "..": LOOKUP follows it anywhere but in the root. Here nowhere: no client of ours needs it (it serves NFS exports).
+//! - folders: it reads more entries than an answer has room for, and seeks back.
 //! - open files: as many as there are descriptors. Here there is a limit that leaves some for the rest of the process.
 //! - abilities: without a further word it agrees to writes of 4 KiB. Here the large ones are agreed to as well.
 
@@ -32,6 +33,9 @@ const MAX_OPEN: usize = 64 * 1024;
 /// XATTR_SIZE_MAX and XATTR_LIST_MAX of Linux.
 const MAX_XATTR: u32 = 64 * 1024;
 
+/// What getdents64 needs for a name of 255 bytes; it fails with less.
+const LONGEST_ENTRY: u32 = 280;
+
 /// What a client may want of an open file. O_CREAT, O_NOFOLLOW, O_PATH, O_TMPFILE, O_NOCTTY and O_ASYNC are not among it.
 const OPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_APPEND
@@ -53,6 +57,20 @@ const OPTIONS: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::AUTO_INVAL_DATA)
     .union(FsOptions::PARALLEL_DIROPS)
     .union(FsOptions::ASYNC_DIO);
+
+/// Bytes to read from a folder of the host for an answer of `size` bytes to READDIRPLUS, and to READDIR: what is read
+/// has to fit the answer, even if every name is short. What did not fit would be read again after a seek backwards, and
+/// where positions are counts (tmpfs before Linux 6.6) that skips entries if some were removed meanwhile: `rm -r` fails.
+fn readdirplus_size(size: u32) -> u32 {
+    // 24 bytes of getdents64 become 160.
+    (size / 20 * 3).max(LONGEST_ENTRY)
+}
+
+/// See [`readdirplus_size`].
+fn readdir_size(size: u32) -> u32 {
+    // 24 bytes of getdents64 become 32.
+    (size / 4 * 3).max(LONGEST_ENTRY)
+}
 
 /// A shared folder.
 ///
@@ -272,6 +290,33 @@ impl FileSystem for Share {
         self.fs.listxattr(ctx, inode, size.min(MAX_XATTR))
     }
 
+    fn readdir(
+        &self,
+        ctx: &Context,
+        inode: u64,
+        handle: u64,
+        size: u32,
+        offset: u64,
+        add_entry: &mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let size = readdir_size(size);
+        self.fs.readdir(ctx, inode, handle, size, offset, add_entry)
+    }
+
+    fn readdirplus(
+        &self,
+        ctx: &Context,
+        inode: u64,
+        handle: u64,
+        size: u32,
+        offset: u64,
+        add_entry: &mut dyn FnMut(DirEntry<'_>, Entry) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let size = readdirplus_size(size);
+        self.fs
+            .readdirplus(ctx, inode, handle, size, offset, add_entry)
+    }
+
     pass_through! {
         fn forget(&self, ctx: &Context, inode: u64, count: u64);
         fn batch_forget(&self, ctx: &Context, requests: Vec<(u64, u64)>);
@@ -323,25 +368,27 @@ impl FileSystem for Share {
         fn statfs(&self, ctx: &Context, inode: u64) -> io::Result<statvfs64>;
         fn setxattr(&self, ctx: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()>;
         fn removexattr(&self, ctx: &Context, inode: u64, name: &CStr) -> io::Result<()>;
-        fn readdir(
-            &self,
-            ctx: &Context,
-            inode: u64,
-            handle: u64,
-            size: u32,
-            offset: u64,
-            add_entry: &mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>,
-        ) -> io::Result<()>;
-        fn readdirplus(
-            &self,
-            ctx: &Context,
-            inode: u64,
-            handle: u64,
-            size: u32,
-            offset: u64,
-            add_entry: &mut dyn FnMut(DirEntry<'_>, Entry) -> io::Result<usize>,
-        ) -> io::Result<()>;
         fn access(&self, ctx: &Context, inode: u64, mask: u32) -> io::Result<()>;
         fn lseek(&self, ctx: &Context, inode: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64>;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_read_of_a_folder_fits_the_answer() {
+        for size in [4096, 32 * 1024, 1 << 20] {
+            for name in 1..=255 {
+                let host = (19_u32 + name + 1).next_multiple_of(8);
+                let plain = (24 + name).next_multiple_of(8);
+                assert!(readdir_size(size) / host * plain <= size, "{name}");
+                assert!(
+                    readdirplus_size(size) / host * (128 + plain) <= size,
+                    "{name}"
+                );
+            }
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
 use fuse_backend_rs::abi::fuse_abi::{
-    AttrOut, CreateIn, EntryOut, GetattrIn, GetxattrIn, InHeader, InitIn, InitIn2, InitOut,
+    AttrOut, CreateIn, Dirent, EntryOut, GetattrIn, GetxattrIn, InHeader, InitIn, InitIn2, InitOut,
     MkdirIn, Opcode, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, SetattrIn, SetxattrIn, WriteIn,
     WriteOut,
 };
@@ -386,6 +386,59 @@ fn unlinked_file_lives_while_it_is_open() {
         256,
     );
     assert_eq!(attr.unwrap_err(), libc::EBADF);
+}
+
+/// The names in an answer to READDIRPLUS, and where to go on.
+fn entries(answer: &[u8]) -> (Vec<String>, u64) {
+    let mut names = Vec::new();
+    let (mut at, mut next) = (0, 0);
+    while at < answer.len() {
+        let dirent: Dirent = object(&answer[at + size_of::<EntryOut>()..]);
+        let name = at + size_of::<EntryOut>() + size_of::<Dirent>();
+        let len = usize::try_from(dirent.namelen).unwrap();
+        names.push(String::from_utf8(answer[name..name + len].to_vec()).unwrap());
+        next = dirent.off;
+        at = name + len.next_multiple_of(8);
+    }
+    (names, next)
+}
+
+#[test]
+fn folder_can_be_emptied_while_it_is_read() {
+    let mut guest = Guest::mounted();
+    fs::create_dir(guest.path("dir")).unwrap();
+    for number in 0..300 {
+        fs::write(guest.path(&format!("dir/f{number}")), "").unwrap();
+    }
+    let dir = guest.lookup(ROOT_ID, "dir").unwrap().nodeid;
+    let open: OpenOut = object(
+        &guest
+            .ask(Opcode::Opendir, dir, OpenIn::default().as_slice(), 64)
+            .unwrap(),
+    );
+    let mut offset = 0;
+    loop {
+        let body = ReadIn {
+            fh: open.fh,
+            offset,
+            size: 4096,
+            ..ReadIn::default()
+        };
+        let answer = guest
+            .ask(Opcode::Readdirplus, dir, body.as_slice(), 4096)
+            .unwrap();
+        let (names, next) = entries(&answer);
+        if names.is_empty() {
+            break;
+        }
+        for name in names {
+            guest.unlink(dir, &name).unwrap();
+        }
+        offset = next;
+    }
+    guest
+        .ask(Opcode::Rmdir, ROOT_ID, &named(&[], "dir"), 0)
+        .unwrap();
 }
 
 #[test]
