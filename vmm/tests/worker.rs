@@ -1,0 +1,249 @@
+//! The worker process as the shim uses it, on real KVM: spawned, asked over the control socket, jailed, and its end.
+//! Its program is `examples/worker.rs`.
+
+mod support;
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+
+use command_fds::{CommandFdExt, FdMapping};
+use husk_vmm::config::{DiskConfig, ShareConfig, VmConfig};
+use husk_vmm::control::{self, Call, Event, ExitReason, Message, Reply, Request};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use support::{Guest, file_of, initramfs};
+
+/// Where the worker finds its socket.
+const CONTROL: i32 = 3;
+
+/// What the disk of each guest begins with.
+const DISK: &[u8] = b"HUSK-DISK";
+
+/// Whether there is a KVM that runs kernels.
+fn has_kvm() -> bool {
+    let has = std::env::var_os("HUSK_TEST_KVM").is_some();
+    if !has {
+        eprintln!(
+            "SKIPPED: needs real KVM (set HUSK_TEST_KVM where there is one; ci/test does, in the node)"
+        );
+    }
+    has
+}
+
+/// Cargo builds examples together with tests, and puts them beside.
+fn program() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let built = test.parent().and_then(Path::parent).unwrap();
+    built.join("examples/worker")
+}
+
+/// The shim's view of a worker.
+struct Worker {
+    child: Child,
+    control: OwnedFd,
+    console: File,
+    console_writer: OwnedFd,
+}
+
+impl Worker {
+    fn spawn() -> Self {
+        let (ours, theirs) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut command = Command::new(program());
+        command
+            .fd_mappings(vec![FdMapping {
+                parent_fd: theirs,
+                child_fd: CONTROL,
+            }])
+            .unwrap();
+        Self {
+            child: command.spawn().unwrap(),
+            control: ours,
+            console: File::from(OwnedFd::from(reader)),
+            console_writer: writer.into(),
+        }
+    }
+
+    fn ask(&self, id: u64, call: Call, fds: &[BorrowedFd<'_>]) {
+        control::send(&self.control, &Request { id, call }, fds).unwrap();
+    }
+
+    fn hear(&self) -> Message {
+        let (message, _) = control::recv(&self.control)
+            .unwrap()
+            .expect("the worker has something to say");
+        message
+    }
+
+    /// Boots a guest whose first process is the shell script `init`.
+    fn boot(&self, init: &str, change: impl FnOnce(&mut VmConfig)) -> Result<Reply, String> {
+        let Guest {
+            mut config, kernel, ..
+        } = Guest::new(init);
+        change(&mut config);
+        let kernel = File::open(kernel).unwrap();
+        let initramfs = initramfs(init);
+        let disk = file_of(DISK);
+        disk.set_len(1 << 20).unwrap();
+        config.disks.push(DiskConfig {
+            serial: "disk".to_owned(),
+            read_only: false,
+        });
+        let files = [
+            kernel.as_fd(),
+            initramfs.as_fd(),
+            self.console_writer.as_fd(),
+            disk.as_fd(),
+        ];
+        self.ask(1, Call::Boot(config), &files);
+        match self.hear() {
+            Message::Reply { id: 1, result } => result,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// All that the guest has said, once the worker is gone.
+    fn output(self) -> String {
+        let Self {
+            mut console,
+            console_writer,
+            ..
+        } = self;
+        drop(console_writer);
+        let mut text = String::new();
+        console.read_to_string(&mut text).unwrap();
+        text
+    }
+}
+
+/// What containers do with files, in as many ways as busybox knows.
+const USE_FILES: &str = "\
+set -e
+mount -t virtiofs share /mnt
+cd /mnt
+cat from-host
+mkdir -p a/b
+echo written > a/file
+dd if=/dev/zero of=a/big bs=64k count=16 conv=fsync 2>/dev/null
+truncate -s 3 a/big
+ln a/file a/hard
+ln -s file a/soft
+cat a/soft a/hard
+mv a/file a/b/moved
+chown 1000:1000 a/b/moved
+chmod 4711 a/b/moved
+touch -d '2001-02-03 04:05:06' a/b/moved
+mknod a/node c 1 3
+mkfifo a/fifo
+fallocate -l 8192 a/big
+ls -la a a/b >/dev/null
+find . >/dev/null
+df . >/dev/null
+mkdir -m 1777 open
+echo secret > secret
+chmod 600 secret
+mkdir /etc
+echo user:x:1000:1000::/:/bin/sh > /etc/passwd
+su user -c 'echo mine > /mnt/open/mine && ! cat /mnt/secret 2>/dev/null'
+[ $(stat -c %u:%g open/mine) = 1000:1000 ]
+mkdir lost
+cd lost
+rmdir ../lost
+cd ..
+(cp from-host a/copy & cp from-host a/copy2 & wait)
+cmp a/copy a/copy2
+rm a/hard a/soft a/node a/fifo
+rmdir a/b 2>/dev/null || rm -r a/b/
+sync
+cd /
+umount /mnt
+cat /dev/vda | head -c 9
+dd if=/bin/busybox of=/dev/vda bs=64k count=8 conv=fsync 2>/dev/null
+blkdiscard -l 65536 /dev/vda 2>/dev/null || true
+echo FILES-DONE
+poweroff -f
+";
+
+#[test]
+fn guest_runs_jailed_until_it_powers_off() {
+    if !has_kvm() {
+        return;
+    }
+    let mut worker = Worker::spawn();
+    let share = tempfile::tempdir().unwrap();
+    std::fs::write(share.path().join("from-host"), "HUSK-SAYS hello\n").unwrap();
+    let booted = worker.boot(USE_FILES, |config| {
+        config.shares.push(ShareConfig {
+            tag: "share".to_owned(),
+            path: share.path().to_owned(),
+        });
+    });
+    assert_eq!(booted, Ok(Reply::Booted));
+
+    let root = format!("/proc/{}/root", worker.child.id());
+    let mut names: Vec<_> = std::fs::read_dir(root)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    names.sort();
+    let top = share.path().components().nth(1).unwrap();
+    assert_eq!(names, ["dev".as_ref(), "proc".as_ref(), top.as_os_str()]);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", worker.child.id())).unwrap();
+    for line in ["Name:\thusk-vmm", "NoNewPrivs:\t1", "Seccomp:\t2"] {
+        assert!(status.contains(line), "no {line:?} in {status}");
+    }
+
+    let end = worker.hear();
+    let status = worker.child.wait().unwrap();
+    let output = worker.output();
+    assert_eq!(
+        end,
+        Message::Event(Event::Exited(ExitReason::PowerOff)),
+        "{output}"
+    );
+    assert!(status.success(), "{status}");
+    assert!(output.contains("HUSK-SAYS hello"), "{output}");
+    assert!(output.contains("HUSK-DISK"), "{output}");
+    assert!(output.contains("FILES-DONE"), "{output}");
+    let copy = std::fs::read_to_string(share.path().join("a/copy")).unwrap();
+    assert_eq!(copy, "HUSK-SAYS hello\n");
+}
+
+#[test]
+fn worker_ends_when_the_socket_closes() {
+    if !has_kvm() {
+        return;
+    }
+    let mut worker = Worker::spawn();
+    assert_eq!(worker.boot("sleep 1000", |_| ()), Ok(Reply::Booted));
+    rustix::net::shutdown(&worker.control, rustix::net::Shutdown::Both).unwrap();
+    let status = worker.child.wait().unwrap();
+    assert!(status.success(), "{status}");
+}
+
+#[test]
+fn what_cannot_boot_is_told_and_ends_the_worker() {
+    if !has_kvm() {
+        return;
+    }
+    let mut worker = Worker::spawn();
+    let missing = |config: &mut VmConfig| {
+        config.shares.push(ShareConfig {
+            tag: "share".to_owned(),
+            path: "/does/not/exist".into(),
+        });
+    };
+    let message = worker.boot("", missing).unwrap_err();
+    assert!(message.contains("/does/not/exist"), "{message}");
+    let status = worker.child.wait().unwrap();
+    assert_eq!((status.success(), status.signal()), (false, None));
+}
