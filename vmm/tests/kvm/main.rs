@@ -3,6 +3,7 @@
 mod boot;
 mod devices;
 mod ends;
+mod files;
 mod probe;
 mod snapshot;
 #[path = "../support/mod.rs"]
