@@ -222,10 +222,12 @@ impl Backend {
         let Some(on_ready) = self.on_ready.take() else {
             return self.refuse(header);
         };
-        // Nothing travels on this connection, so there is nothing to remember of it: it has no credit, and whatever
-        // follows gets the RST that ends it.
+        // Nothing travels on this connection, so there is nothing to remember of it: whatever follows gets the RST that
+        // ends it. It is given credit all the same: without, Linux never reports the socket writable, and that is how
+        // a non-blocking connect learns that it is done.
         self.replies.push_back(Header {
             op: op::RESPONSE,
+            buf_alloc: BUF_ALLOC,
             ..header.reset()
         });
         (on_ready.0)();
