@@ -28,7 +28,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__
 CONTAINERD_LOG = "/run/containerd.log"
 
 # Long enough for a start under emulation on a busy machine; a hang is still found.
-TIMEOUT_S = 240
+TIMEOUT_S = 150
 
 # Set by `run`.
 RUNTIME = "husk"
