@@ -191,7 +191,10 @@ fn guest_may_connect_to_the_ready_port_once() {
     guest.send(request, &[]);
     let (response, _) = guest.receive_op(op::RESPONSE);
     assert_eq!((response.src_port, response.dst_port), (READY_PORT, 5000));
-    assert_ne!(response.buf_alloc, 0, "connect(2) would not be seen to succeed");
+    assert_ne!(
+        response.buf_alloc, 0,
+        "connect(2) would not be seen to succeed"
+    );
     guest.ready.recv_timeout(PATIENCE).unwrap();
     // It closes, and gets the RST that ends a connection.
     let close = Header {
