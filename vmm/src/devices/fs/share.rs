@@ -36,10 +36,10 @@ const MAX_XATTR: u32 = 64 * 1024;
 /// What getdents64 needs for a name of 255 bytes; it fails with less.
 const LONGEST_ENTRY: u32 = 280;
 
-/// What a client may want of an open file. O_CREAT, O_NOFOLLOW, O_PATH, O_TMPFILE, O_NOCTTY and O_ASYNC are not among it.
+/// What a client may want of an open file. O_CREAT, O_NOFOLLOW, O_PATH, O_TMPFILE, O_NOCTTY and O_ASYNC are not among it,
+/// nor is O_DIRECT: the guest means its own cache, and its buffers need not be aligned as the host wants it.
 const OPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_APPEND
-    | libc::O_DIRECT
     | libc::O_DIRECTORY
     | libc::O_DSYNC
     | libc::O_EXCL
@@ -109,8 +109,6 @@ impl Share {
             xattr: true,
             // Writes clear setuid bits on the host in the same breath, without a request of their own.
             killpriv_v2: true,
-            // The guest's O_DIRECT is about the guest's cache.
-            allow_direct_io: false,
             ..Config::default()
         })?;
         Ok(Self {

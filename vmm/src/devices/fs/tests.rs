@@ -388,6 +388,24 @@ fn unlinked_file_lives_while_it_is_open() {
     assert_eq!(attr.unwrap_err(), libc::EBADF);
 }
 
+#[test]
+fn direct_io_of_the_guest_is_about_its_own_cache() {
+    let mut guest = Guest::mounted();
+    let (entry, open) = guest
+        .create(ROOT_ID, "x", libc::O_CREAT | libc::O_RDWR | libc::O_DIRECT)
+        .unwrap();
+    let body = WriteIn {
+        fh: open.fh,
+        offset: 1,
+        size: 3,
+        flags: (libc::O_RDWR | libc::O_DIRECT | libc::O_APPEND).cast_unsigned(),
+        ..WriteIn::default()
+    };
+    let body = [body.as_slice(), b"odd"].concat();
+    guest.ask(Opcode::Write, entry.nodeid, &body, 64).unwrap();
+    assert_eq!(fs::read(guest.path("x")).unwrap(), b"odd");
+}
+
 /// The names in an answer to READDIRPLUS, and where to go on.
 fn entries(answer: &[u8]) -> (Vec<String>, u64) {
     let mut names = Vec::new();
