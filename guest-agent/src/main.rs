@@ -83,12 +83,13 @@ async fn serve(level: &str) -> Result<()> {
         .await
         .context("starting the service")?;
     tokio::spawn(streams.serve(listen(STREAM_PORT)?));
+    let reaping = tokio::spawn(reaper.run(signals));
+    // From its first packet on, the host may ask for anything, whenever it finishes the handshake.
     streams::announce()
         .await
         .context("telling the host that the agent is ready")?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "husk-agent is ready");
-    reaper.run(signals).await;
-    Ok(())
+    reaping.await.context("reaping")
 }
 
 fn listen(port: u32) -> Result<VsockListener> {
