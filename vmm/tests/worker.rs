@@ -219,12 +219,25 @@ fn guest_runs_jailed_until_it_powers_off() {
 }
 
 #[test]
-fn worker_ends_when_the_socket_closes() {
+fn guest_is_asked_and_worker_ends_when_the_socket_closes() {
     if !has_kvm() {
         return;
     }
     let mut worker = Worker::spawn();
     assert_eq!(worker.boot("sleep 1000", |_| ()), Ok(Reply::Booted));
+
+    // Answered by the guest's kernel, once it is up.
+    worker.ask(2, Call::VsockConnect { port: 9 }, &[]);
+    worker.ask(3, Call::Metrics, &[]);
+    assert!(matches!(worker.hear(), Message::Reply { id: 3, .. }));
+    assert_eq!(
+        worker.hear(),
+        Message::Reply {
+            id: 2,
+            result: Err("the guest refused the connection".to_owned())
+        }
+    );
+
     rustix::net::shutdown(&worker.control, rustix::net::Shutdown::Both).unwrap();
     let status = worker.child.wait().unwrap();
     assert!(status.success(), "{status}");
