@@ -50,9 +50,9 @@ pub enum Error {
     #[error("cannot use the memory of the saved VM")]
     AdoptMemory(#[source] io::Error),
 
-    /// Guest memory cannot be mapped into this process.
-    #[error("cannot map the guest's memory")]
-    MapMemory(#[source] vm_memory::mmap::FromRangesError),
+    /// Guest memory cannot be written to a file.
+    #[error("cannot save the memory of the VM")]
+    SaveMemory(#[source] io::Error),
 
     /// KVM refuses a memory slot.
     #[error("KVM refuses the memory slot of {len:#x} bytes at {base:#x}")]

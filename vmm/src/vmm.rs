@@ -45,7 +45,7 @@ pub struct VmFiles {
 /// The files of a VM that goes on where another was saved.
 #[derive(Debug)]
 pub struct RestoreFiles {
-    /// What [`Vmm::memory_file`] held of the saved VM. It becomes the memory of the new one.
+    /// What [`Vmm::save_memory`] wrote. It is not changed, so any number of VMs may be restored from it.
     pub memory: File,
     /// As [`VmFiles::console`].
     pub console: File,
@@ -136,7 +136,7 @@ impl Vmm {
     /// Builds a VM that goes on where another was saved. `config` is that one's.
     ///
     /// # Errors
-    /// See [`Error`]. Nothing is left behind, but `memory` may have changed.
+    /// See [`Error`]. Nothing is left behind.
     pub fn restore(
         config: &VmConfig,
         files: RestoreFiles,
@@ -250,9 +250,12 @@ impl Vmm {
         })
     }
 
-    /// The file that holds the guest's memory.
-    pub fn memory_file(&self) -> &File {
-        memory::file(&self.memory)
+    /// Writes the memory of the paused VM into an empty file.
+    ///
+    /// # Errors
+    /// When the file does not take it.
+    pub fn save_memory(&self, file: &File) -> Result<(), Error> {
+        memory::save(&self.memory, file)
     }
 
     /// The way to open connections into the guest.

@@ -37,7 +37,8 @@ fn a_saved_guest_goes_on_in_another_vm() {
     running.vmm.pause().unwrap();
     let state = serde_json::to_string(&running.vmm.save().unwrap()).unwrap();
     println!("the state has {} bytes", state.len());
-    let memory = running.vmm.memory_file().try_clone().unwrap();
+    let memory = tempfile::tempfile().unwrap();
+    running.vmm.save_memory(&memory).unwrap();
     drop(running.vmm);
 
     let state: VmState = serde_json::from_str(&state).unwrap();
@@ -68,10 +69,12 @@ fn a_state_does_not_fit_a_vm_of_another_shape() {
     let running = guest.start();
     running.vmm.pause().unwrap();
     let state = serde_json::to_string(&running.vmm.save().unwrap()).unwrap();
+    let memory = tempfile::tempfile().unwrap();
+    running.vmm.save_memory(&memory).unwrap();
     let restore = |config: &husk_vmm::config::VmConfig| {
         let console: OwnedFd = std::io::pipe().unwrap().1.into();
         let files = RestoreFiles {
-            memory: running.vmm.memory_file().try_clone().unwrap(),
+            memory: memory.try_clone().unwrap(),
             console: File::from(console),
             disks: Vec::new(),
         };
