@@ -339,7 +339,8 @@ impl Connection {
             self.forwarded = self.received;
             return Ok(());
         }
-        while self.writable && self.buffer.is_empty() && !payload.is_empty() {
+        // A socket that nobody reads any more takes nothing, whatever it was given.
+        while self.writable && !self.unread && self.buffer.is_empty() && !payload.is_empty() {
             let sent = payload.send_to(self.stream.as_fd());
             self.account(sent);
         }

@@ -410,6 +410,20 @@ fn host_that_closes_with_bytes_unread_shuts_both_directions() {
 }
 
 #[test]
+fn bytes_for_a_host_that_reads_no_more_are_dropped_and_the_guest_learns_it() {
+    let mut guest = Guest::boot();
+    let mut pair = guest.connected();
+    pair.host.shutdown(Shutdown::Read).unwrap();
+    let data = pair.data(4);
+    guest.send(data, b"lost");
+    let (shutdown, _) = guest.receive_op(op::SHUTDOWN);
+    assert_eq!(shutdown.flags, SHUTDOWN_RECEIVE);
+    // The other direction goes on.
+    pair.host.write_all(b"still here").unwrap();
+    assert_eq!(guest.receive_op(op::RW).1, b"still here");
+}
+
+#[test]
 fn close_of_the_guest_is_confirmed_and_what_it_sent_is_delivered() {
     let mut guest = Guest::boot();
     let mut pair = guest.connected();
