@@ -19,6 +19,9 @@ use crate::cgroup::Cgroup;
 use crate::devices::{self, Node};
 use crate::error::{During, Error, Result};
 
+/// Most of a container's `/etc/passwd` that is read: more users than any image has.
+const MAX_PASSWD_BYTES: u64 = 1 << 20;
+
 /// A specification that is ready for libcontainer, and what the agent keeps of it.
 #[derive(Debug)]
 pub(crate) struct Prepared {
@@ -100,13 +103,23 @@ fn set_home(process: &mut Process, root: &Path) {
     }) {
         return;
     }
-    let mut passwd = String::new();
     // No such file, or not a text: nobody has a home, as with runc.
-    let _unreadable = Root::open(root)
-        .and_then(|root| root.open_subpath("/etc/passwd", OpenFlags::O_RDONLY))
-        .map(|mut file| file.read_to_string(&mut passwd));
+    let passwd = read_small(root, "/etc/passwd").unwrap_or_default();
     env.retain(|entry| !entry.starts_with("HOME="));
     env.push(format!("HOME={}", home_of(&passwd, uid)));
+}
+
+/// Reads a file of a container. The container may have put there what it likes: a FIFO must not stop the agent, nor an
+/// endless device fill its memory.
+fn read_small(root: &Path, path: &str) -> Option<String> {
+    let flags = OpenFlags::O_RDONLY | OpenFlags::O_NONBLOCK | OpenFlags::O_NOCTTY;
+    let file = Root::open(root).ok()?.open_subpath(path, flags).ok()?;
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    let mut text = String::new();
+    file.take(MAX_PASSWD_BYTES).read_to_string(&mut text).ok()?;
+    Some(text)
 }
 
 fn home_of(passwd: &str, uid: u32) -> &str {
@@ -345,6 +358,20 @@ mod tests {
     #[test]
     fn unknown_user_lives_in_the_root() {
         assert_eq!(home_of("root:x:0:0:root:/root:/bin/sh\nbroken\n", 7), "/");
+    }
+
+    #[test]
+    fn only_a_file_is_read_for_the_home() {
+        let root = rootfs();
+        let passwd = root.path().join("etc/passwd");
+        assert!(read_small(root.path(), "/etc/passwd").is_some());
+        fs::remove_file(&passwd).expect("it was there");
+        nix::unistd::mkfifo(&passwd, nix::sys::stat::Mode::S_IRWXU).expect("a FIFO");
+        assert_eq!(read_small(root.path(), "/etc/passwd"), None);
+        fs::remove_file(&passwd).expect("it was there");
+        fs::write(&passwd, vec![b'x'; 3 << 20]).expect("a file");
+        let read = read_small(root.path(), "/etc/passwd").expect("a file");
+        assert_eq!(read.len(), 1 << 20);
     }
 
     #[test]
