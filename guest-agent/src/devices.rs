@@ -2,6 +2,7 @@
 //! container gets is the guest's device of the same path, with the guest's numbers, in the file system and in the rules
 //! of the device controller alike.
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -46,7 +47,11 @@ pub(crate) fn adapt(linux: &mut Linux, lookup: impl Fn(&Path) -> Option<Node>) -
         .as_ref()
         .and_then(|resources| resources.devices().clone())
         .unwrap_or_default();
-    let may_use_all = rules.last().is_some_and(allows_everything);
+    // Rules count in their order: what matters is the last that is about every device.
+    let may_use_all = rules
+        .iter()
+        .rfind(|rule| is_of_everything(rule))
+        .is_some_and(LinuxDeviceCgroup::allow);
     let mut missing = None;
     devices.retain_mut(|device| {
         // A FIFO has no numbers: it is made, not found.
@@ -77,6 +82,9 @@ pub(crate) fn adapt(linux: &mut Linux, lookup: impl Fn(&Path) -> Option<Node>) -
     if let Some(path) = missing {
         return Err(Error::NoDevice { path });
     }
+    // A device may be named twice (all of the host's, and one of them by itself), but is made once.
+    let mut paths = HashSet::new();
+    devices.retain(|device| paths.insert(device.path().clone()));
     linux.set_devices(Some(devices));
     if let Some(resources) = linux.resources_mut().as_mut()
         && !rules.is_empty()
@@ -86,12 +94,9 @@ pub(crate) fn adapt(linux: &mut Linux, lookup: impl Fn(&Path) -> Option<Node>) -
     Ok(())
 }
 
-fn allows_everything(rule: &LinuxDeviceCgroup) -> bool {
+fn is_of_everything(rule: &LinuxDeviceCgroup) -> bool {
     let any = |number: Option<i64>| number.is_none_or(|number| number < 0);
-    rule.allow()
-        && rule.typ().unwrap_or_default() == LinuxDeviceType::A
-        && any(rule.major())
-        && any(rule.minor())
+    rule.typ().unwrap_or_default() == LinuxDeviceType::A && any(rule.major()) && any(rule.minor())
 }
 
 #[cfg(test)]
@@ -156,6 +161,26 @@ mod tests {
             &json!([{ "allow": false, "access": "rwm" }, { "allow": true, "access": "rwm" }]),
         );
         adapt(&mut linux, guest).expect("it is not about one device");
+        let devices = linux.devices().as_ref().expect("kept");
+        assert_eq!(devices.len(), 1);
+        assert_eq!(devices[0].path(), Path::new("/dev/fuse"));
+    }
+
+    #[test]
+    fn device_beside_all_others_is_made_once() {
+        let mut linux = linux(
+            &json!([
+                { "path": "/dev/sda", "type": "b", "major": 8, "minor": 0 },
+                { "path": "/dev/fuse", "type": "c", "major": 10, "minor": 229 },
+                { "path": "/dev/fuse", "type": "c", "major": 10, "minor": 229 },
+            ]),
+            &json!([
+                { "allow": false, "access": "rwm" },
+                { "allow": true, "access": "rwm" },
+                { "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm" },
+            ]),
+        );
+        adapt(&mut linux, guest).expect("every device may be used");
         let devices = linux.devices().as_ref().expect("kept");
         assert_eq!(devices.len(), 1);
         assert_eq!(devices[0].path(), Path::new("/dev/fuse"));
