@@ -32,7 +32,7 @@ use crate::reaper::Reaper;
 use crate::signals::Signal;
 use crate::spec;
 use crate::storage::{self, Mounts};
-use crate::streams::{ChildEnds, Streams};
+use crate::streams::{ChildEnds, Stdio, Streams};
 use crate::terminal::ConsoleSocket;
 
 /// Stopping, thawing or killing a process takes the time of its current system call; a request does not wait longer.
@@ -112,11 +112,13 @@ impl Containers {
         storages: &[agent::Storage],
         stdio: StdioRequest,
     ) -> Result<Pid> {
+        // Taken whatever becomes of the request: connections that nobody takes stay open for ever.
+        let streams = self.streams.take(stdio.ports).await?;
         match self.slots().entry(id.to_owned()) {
             Entry::Occupied(_) => return Err(Error::ContainerExists { id: id.to_owned() }),
             Entry::Vacant(slot) => slot.insert(Slot::Creating),
         };
-        let built = self.build(id, spec, storages, stdio).await;
+        let built = self.build(id, spec, storages, stdio, streams).await;
         let mut slots = self.slots();
         match built {
             Ok(container) => {
@@ -138,6 +140,7 @@ impl Containers {
         spec: &[u8],
         storages: &[agent::Storage],
         request: StdioRequest,
+        streams: Stdio,
     ) -> Result<Container> {
         let spec: Spec = parse("the specification", spec)?;
         if uses_share(&spec) {
@@ -154,7 +157,7 @@ impl Containers {
         let bundle = self.write(id, "config.json", &spec)?;
         let bundle = bundle.parent().map(PathBuf::from).unwrap_or_default();
 
-        let wiring = self.wire(&spec, spec.process().as_ref(), request).await?;
+        let wiring = self.wire(spec.process().as_ref(), request, streams)?;
         let expectation = self.reaper.expect();
         let (pid, launch, terminal) = wiring
             .launch(|console, ends| self.launch(id, Work::Create { bundle }, console, ends))
@@ -200,11 +203,15 @@ impl Containers {
         process: &[u8],
         stdio: StdioRequest,
     ) -> Result<Pid> {
+        // As for the first process.
+        let streams = self.streams.take(stdio.ports).await?;
         let container = self.get(id)?;
         let mut process: ProcessSpec = parse("the process", process)?;
         container.must_be_running()?;
         container.reserve(exec_id)?;
-        let started = self.start_exec(&container, &mut process, stdio).await;
+        let started = self
+            .start_exec(&container, &mut process, stdio, streams)
+            .await;
         let mut execs = container.execs();
         match started {
             Ok(process) => {
@@ -224,6 +231,7 @@ impl Containers {
         container: &Container,
         process: &mut ProcessSpec,
         request: StdioRequest,
+        streams: Stdio,
     ) -> Result<Process> {
         let init_pid = container.init.pid();
         let root = PathBuf::from(format!("/proc/{init_pid}/root"));
@@ -239,7 +247,7 @@ impl Containers {
             confinement: confinement(&container.spec, process).map(Box::new),
             sub_cgroup: container.sub_cgroup(),
         };
-        let wiring = self.wire(&container.spec, Some(process), request).await?;
+        let wiring = self.wire(Some(process), request, streams)?;
         let expectation = self.reaper.expect();
         let launched = wiring
             .launch(|console, ends| self.launch(&container.id, work, console, ends))
@@ -314,19 +322,17 @@ impl Containers {
         }
     }
 
-    async fn wire(
+    fn wire(
         &self,
-        spec: &Spec,
         process: Option<&ProcessSpec>,
         request: StdioRequest,
+        streams: Stdio,
     ) -> Result<Wiring> {
-        let process = process.or(spec.process().as_ref());
         let uid = process.map_or(0, |process| process.user().uid());
-        Wiring::new(&self.streams, request, uid, || {
+        Wiring::new(streams, request, uid, || {
             let name = format!("console-{}", self.names.fetch_add(1, Ordering::Relaxed));
             ConsoleSocket::bind(PathBuf::from(RUN).join(name))
         })
-        .await
     }
 
     fn launch(

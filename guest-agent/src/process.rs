@@ -9,7 +9,7 @@ use crate::error::{During, Error, Result};
 use crate::launch::Launch;
 use crate::reaper::{Exit, ExitWatch, exit_of};
 use crate::signals::Signal;
-use crate::streams::{ChildEnds, Ports, Stdio, Streams};
+use crate::streams::{ChildEnds, Ports, Stdio};
 use crate::terminal::{ConsoleSocket, Size, Terminal};
 
 /// What a request says about standard streams.
@@ -85,14 +85,13 @@ pub(crate) enum Wiring {
 }
 
 impl Wiring {
-    /// Waits for the connections of a request and makes what a process of this user is to be started with.
-    pub(crate) async fn new(
-        streams: &Streams,
+    /// Makes what a process of this user is to be started with.
+    pub(crate) fn new(
+        stdio: Stdio,
         request: StdioRequest,
         uid: u32,
         socket: impl FnOnce() -> Result<ConsoleSocket>,
     ) -> Result<Self> {
-        let stdio = streams.take(request.ports).await?;
         if request.terminal {
             Ok(Self::Terminal {
                 socket: socket()?,

@@ -97,12 +97,17 @@ impl Streams {
         }
     }
 
-    /// Waits for the connections of a request.
+    /// Waits for the connections of a request. Each of them is taken, also when another does not come.
     pub(crate) async fn take(&self, ports: Ports) -> Result<Stdio> {
+        let (stdin, stdout, stderr) = tokio::join!(
+            self.take_one(ports.stdin),
+            self.take_one(ports.stdout),
+            self.take_one(ports.stderr)
+        );
         Ok(Stdio {
-            stdin: self.take_one(ports.stdin).await?,
-            stdout: self.take_one(ports.stdout).await?,
-            stderr: self.take_one(ports.stderr).await?,
+            stdin: stdin?,
+            stdout: stdout?,
+            stderr: stderr?,
         })
     }
 
@@ -289,6 +294,17 @@ mod tests {
             .expect_err("nobody connected");
         assert!(matches!(error, Error::NoStream { port: 9, .. }));
         assert!(streams.lock().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn connections_beside_one_that_never_comes_are_not_kept() {
+        let streams = Streams::default();
+        let (arrived, mut host) = tokio::io::duplex(16);
+        streams.arrived(8, Box::new(arrived));
+        assert!(streams.take(ports(7, 8, 0)).await.is_err());
+        assert!(streams.lock().is_empty());
+        let mut rest = Vec::new();
+        host.read_to_end(&mut rest).await.expect("it is closed");
     }
 
     #[tokio::test]
