@@ -14,6 +14,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 
@@ -63,6 +64,10 @@ pub trait Serve: Send + fmt::Debug + 'static {
     fn ready(&mut self, _token: u64, _events: EventSet, _poll: &Poll) -> Result<(), Self::Error> {
         Ok(())
     }
+
+    /// Gives up what is held for the driver, which has reset the device: called last, instead of by whoever stops the
+    /// thread, which is a vCPU's, whose seccomp filter knows no device.
+    fn reset(&mut self) {}
 }
 
 /// The descriptors that the thread waits for.
@@ -127,6 +132,8 @@ pub struct Worker<S: Serve> {
     orders: Option<Sender<Start<S>>>,
     given_back: Receiver<S>,
     stop: Arc<EventFd>,
+    /// The next stop is for a reset.
+    resets: Arc<AtomicBool>,
     active: bool,
     thread: Option<JoinHandle<()>>,
 }
@@ -142,9 +149,10 @@ impl<S: Serve> Worker<S> {
         setup: impl FnOnce(DeviceType) -> io::Result<()> + Send + 'static,
     ) -> io::Result<Self> {
         let stop = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let resets = Arc::new(AtomicBool::new(false));
         let (orders, received) = channel();
         let (give_back, given_back) = channel();
-        let seen_stop = Arc::clone(&stop);
+        let (seen_stop, seen_resets) = (Arc::clone(&stop), Arc::clone(&resets));
         let thread = thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
@@ -152,12 +160,13 @@ impl<S: Serve> Worker<S> {
                     log::error!("cannot set up the thread of the {device:?} device: {err}");
                     return;
                 }
-                park(device, &received, &give_back, &seen_stop);
+                park(device, &received, &give_back, &seen_stop, &seen_resets);
             })?;
         Ok(Self {
             orders: Some(orders),
             given_back,
             stop,
+            resets,
             active: false,
             thread: Some(thread),
         })
@@ -194,6 +203,14 @@ impl<S: Serve> Worker<S> {
         let _ = self.stop.read();
         served
     }
+
+    /// Stops serving because the driver has reset the device; [`Serve::reset`] is called on the thread before.
+    pub fn reset(&mut self) -> Option<S> {
+        self.resets.store(true, Ordering::Release);
+        let served = self.stop();
+        self.resets.store(false, Ordering::Release);
+        served
+    }
 }
 
 impl<S: Serve> Drop for Worker<S> {
@@ -214,6 +231,7 @@ fn park<S: Serve>(
     orders: &Receiver<Start<S>>,
     give_back: &Sender<S>,
     stop: &EventFd,
+    resets: &AtomicBool,
 ) {
     while let Ok(Start {
         mut serve,
@@ -227,6 +245,9 @@ fn park<S: Serve>(
             );
             interrupt.needs_reset();
             wait_for(stop);
+        }
+        if resets.load(Ordering::Acquire) {
+            serve.reset();
         }
         if give_back.send(serve).is_err() {
             return;
@@ -318,4 +339,61 @@ fn chain_of(error: &dyn Error) -> String {
         source = err.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::ThreadId;
+
+    use super::*;
+
+    /// Serves nothing, and notes on which thread it was reset.
+    #[derive(Debug, Default)]
+    struct Idle {
+        reset_by: Option<ThreadId>,
+    }
+
+    impl Serve for Idle {
+        type Error = QueueError;
+
+        fn queues(&self) -> Vec<&Virtqueue> {
+            Vec::new()
+        }
+
+        fn kicked(&mut self, _index: u16, _poll: &Poll) -> Result<(), QueueError> {
+            Ok(())
+        }
+
+        fn reset(&mut self) {
+            self.reset_by = Some(thread::current().id());
+        }
+    }
+
+    #[derive(Debug)]
+    struct NoInterrupt;
+
+    impl Interrupt for NoInterrupt {
+        fn queue(&self, _index: u16) {}
+        fn config_change(&self) {}
+        fn needs_reset(&self) {}
+    }
+
+    #[test]
+    fn reset_happens_on_the_device_s_thread_and_a_stop_is_none() {
+        let mut worker = Worker::spawn("idle", DeviceType::Rng, |_| Ok(())).unwrap();
+        worker
+            .start(Idle::default(), Arc::new(NoInterrupt))
+            .unwrap();
+        assert_eq!(worker.stop().unwrap().reset_by, None);
+        worker
+            .start(Idle::default(), Arc::new(NoInterrupt))
+            .unwrap();
+        let by = worker.reset().unwrap().reset_by.expect("reset");
+        assert_ne!(by, thread::current().id());
+        assert!(worker.reset().is_none());
+        worker
+            .start(Idle::default(), Arc::new(NoInterrupt))
+            .unwrap();
+        assert_eq!(worker.stop().unwrap().reset_by, None);
+    }
 }

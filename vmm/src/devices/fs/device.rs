@@ -6,7 +6,6 @@ use std::io;
 use std::sync::Arc;
 
 use fuse_backend_rs::api::filesystem::{FileSystem, FsOptions};
-use fuse_backend_rs::api::server::Server;
 use rustix::thread::{
     CapabilitiesSecureBits, capabilities_secure_bits, set_capabilities_secure_bits,
 };
@@ -157,8 +156,12 @@ impl VirtioDevice for FsDevice {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let interrupt = Arc::clone(&activation.interrupt);
         let [hiprio, requests] = take_queues(activation, [HIPRIO_QUEUE, REQUEST_QUEUE])?;
-        let server = Server::new(Arc::clone(&self.share));
-        let serve = FsWorker::new(hiprio, requests, server, Arc::clone(&self.metrics));
+        let serve = FsWorker::new(
+            hiprio,
+            requests,
+            Arc::clone(&self.share),
+            Arc::clone(&self.metrics),
+        );
         self.worker.start(serve, interrupt)
     }
 
@@ -169,9 +172,7 @@ impl VirtioDevice for FsDevice {
     }
 
     fn reset(&mut self) {
-        if self.worker.stop().is_some() {
-            self.share.destroy();
-        }
+        self.worker.reset();
     }
 }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
+use fuse_backend_rs::api::filesystem::FileSystem;
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use vm_memory::ByteValued;
@@ -25,6 +26,7 @@ pub(super) struct FsWorker {
     hiprio: Virtqueue,
     requests: Virtqueue,
     server: Server<Arc<Share>>,
+    share: Arc<Share>,
     metrics: Arc<FsMetrics>,
 }
 
@@ -51,13 +53,14 @@ impl FsWorker {
     pub(super) fn new(
         hiprio: Virtqueue,
         requests: Virtqueue,
-        server: Server<Arc<Share>>,
+        share: Arc<Share>,
         metrics: Arc<FsMetrics>,
     ) -> Self {
         Self {
             hiprio,
             requests,
-            server,
+            server: Server::new(Arc::clone(&share)),
+            share,
             metrics,
         }
     }
@@ -80,6 +83,7 @@ impl Serve for FsWorker {
             requests,
             server,
             metrics,
+            ..
         } = self;
         let queue = if index == HIPRIO_QUEUE {
             hiprio
@@ -94,6 +98,11 @@ impl Serve for FsWorker {
             })
         })?;
         Ok(())
+    }
+
+    /// Closes all that the guest had open.
+    fn reset(&mut self) {
+        self.share.destroy();
     }
 }
 
