@@ -23,6 +23,9 @@ pub(crate) const ROOT: &str = "/sys/fs/cgroup";
 /// The group below which every container has its own. The agent stays in the root group, outside every limit.
 pub(crate) const CONTAINERS: &str = "containers";
 
+/// What has happened for the lack of memory.
+const MEMORY_EVENTS: &str = "memory.events";
+
 /// Interface files are a few lines; `memory.events` has under 200 bytes.
 const FILE_BYTES: usize = 4096;
 
@@ -103,12 +106,20 @@ impl Cgroup {
 
     /// The count of OOM kills, as it changes. Ends with an error when the group is removed.
     pub(crate) async fn report_oom_kills(&self, count: watch::Sender<u64>) -> Result<()> {
-        self.wait_for("memory.events", |events| {
-            let kills = key(events, "oom_kill").unwrap_or(0);
-            count.send_if_modified(|known| std::mem::replace(known, kills) != kills);
+        self.wait_for(MEMORY_EVENTS, |events| {
+            report(events, &count);
             false
         })
         .await
+    }
+
+    /// The same, but now. Of several changes within 10 ms, the kernel announces all but the first at the end of that
+    /// time, by when a container that an OOM kill has ended may be gone.
+    pub(crate) fn report_oom_kills_now(&self, count: &watch::Sender<u64>) {
+        // Without the file there is no memory controller, and there are no kills to count.
+        if let Ok(events) = fs::read_to_string(self.path.join(MEMORY_EVENTS)) {
+            report(&events, count);
+        }
     }
 
     /// Removes the group and those below it; it must be empty. One that does not exist is no error.
@@ -152,6 +163,16 @@ impl Cgroup {
         let path = self.path.display().to_string();
         move |source| Error::Cgroup { path, what, source }
     }
+}
+
+/// Tells `count` of OOM kills that it does not know of.
+fn report(events: &str, count: &watch::Sender<u64>) {
+    let kills = key(events, "oom_kill").unwrap_or(0);
+    count.send_if_modified(|known| {
+        let more = kills > *known;
+        *known = kills.max(*known);
+        more
+    });
 }
 
 /// The value of `name` in a flat keyed file.
@@ -235,6 +256,20 @@ mod tests {
         fs::write(nested.join("cgroup.procs"), "11\n12\n").expect("a file");
         let pids = Cgroup::at(folder.path()).processes().expect("readable");
         assert_eq!(pids, [10, 11, 12].map(Pid::from_raw));
+    }
+
+    #[test]
+    fn kills_that_are_not_announced_yet_are_counted() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let group = Cgroup::at(folder.path());
+        let (count, mut kills) = watch::channel(0);
+        group.report_oom_kills_now(&count);
+        assert!(!kills.has_changed().expect("open"));
+        fs::write(folder.path().join(MEMORY_EVENTS), "max 9\noom_kill 2\n").expect("a file");
+        group.report_oom_kills_now(&count);
+        assert_eq!(*kills.borrow_and_update(), 2);
+        group.report_oom_kills_now(&count);
+        assert!(!kills.has_changed().expect("open"));
     }
 
     #[test]

@@ -68,7 +68,7 @@ pub(crate) struct Container {
     init: Arc<Process>,
     execs: Mutex<HashMap<String, Exec>>,
     state: Mutex<State>,
-    oom_kills: watch::Receiver<u64>,
+    oom_kills: watch::Sender<u64>,
     oom_watch: JoinHandle<()>,
     _mounts: Mounts,
 }
@@ -168,9 +168,9 @@ impl Containers {
         if !spec::has_pid_namespace(&spec) {
             tokio::spawn(end_with(Arc::clone(&init), cgroup.clone()));
         }
-        let (count, oom_kills) = watch::channel(0);
+        let oom_kills = watch::Sender::new(0);
         let oom_watch = tokio::spawn({
-            let cgroup = cgroup.clone();
+            let (cgroup, count) = (cgroup.clone(), oom_kills.clone());
             async move {
                 if let Err(error) = cgroup.report_oom_kills(count).await {
                     tracing::error!(error = crate::error::chain(&error), "OOM kills go unseen");
@@ -440,9 +440,8 @@ impl Container {
         self.process(exec_id)?.signal(signal)
     }
 
-    /// Every process, with the exec that it is, if it is one.
+    /// Every process, with the exec that it is, if it is one. None, once the container is stopped.
     pub(crate) fn processes(&self) -> Result<Vec<(Pid, String)>> {
-        self.must_exist()?;
         let pids = self.cgroup.processes()?;
         let execs = self.execs();
         let exec_of = |pid| {
@@ -510,14 +509,19 @@ impl Container {
     }
 
     /// Counters of the container's cgroup.
-    pub(crate) fn stats(&self) -> Result<agent::StatsContainerResponse> {
-        self.must_exist()?;
-        Ok(crate::stats::of(&self.cgroup))
+    pub(crate) fn stats(&self) -> agent::StatsContainerResponse {
+        crate::stats::of(&self.cgroup)
     }
 
     /// The count of OOM kills; ends with the container.
     pub(crate) fn oom_kills(&self) -> watch::Receiver<u64> {
-        self.oom_kills.clone()
+        self.oom_kills.subscribe()
+    }
+
+    /// Brings the count of OOM kills up to date. To be called before the end of a process is told, so that the host
+    /// hears of its cause as well.
+    pub(crate) fn count_oom_kills(&self) {
+        self.cgroup.report_oom_kills_now(&self.oom_kills);
     }
 
     /// Ends every process and removes the cgroup.

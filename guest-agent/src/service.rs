@@ -128,6 +128,9 @@ impl Agent for Service {
             container.process(&request.exec_id)?.watch()
         };
         let exit = process::wait(watch).await?;
+        if let Ok(container) = self.containers.get(&request.container_id) {
+            container.count_oom_kills();
+        }
         let since_epoch = exit
             .at
             .duration_since(SystemTime::UNIX_EPOCH)
@@ -235,7 +238,7 @@ impl Agent for Service {
         _context: &TtrpcContext,
         request: StatsContainerRequest,
     ) -> TtrpcResult<StatsContainerResponse> {
-        Ok(self.containers.get(&request.container_id)?.stats()?)
+        Ok(self.containers.get(&request.container_id)?.stats())
     }
 
     async fn wait_oom(
