@@ -23,8 +23,8 @@ containerd_path() {
     2.1) release=sid ;;
     *) die "there is no containerd $version here: 1.6, 1.7 or 2.1" ;;
     esac
-    # These add nothing but symbols of their own; libseccomp is what runc is linked with.
-    need_packages libseccomp2
+    # libseccomp is what runc is linked with, python3 what ci/await-ready is written in.
+    need_packages libseccomp2 python3
     containerd=$(cached "containerd-$version" \
         "$(hash_of "$(package_version "$release" containerd)" "$(declare -f build_containerd)")" \
         build_containerd "$release")

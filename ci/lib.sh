@@ -13,6 +13,9 @@
 # A failing step inside $(...) ends that too.
 shopt -s inherit_errexit
 
+# Where Debian has depmod and modprobe, and what users who are not root do not search.
+PATH=$PATH:/usr/sbin:/sbin
+
 # The repository's root, whatever the caller's working directory.
 HUSK_ROOT=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 
