@@ -11,21 +11,36 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 /// Longest line in bytes; what follows is logged as a line of its own.
 const MAX_LINE: usize = 1024;
 
-/// Lines that are kept.
-const KEPT_LINES: usize = 16;
+/// Lines that are kept: the report of a panic, which has some thirty, and what came before it.
+const KEPT_LINES: usize = 64;
+
+/// Lines that an error message holds.
+const EPILOGUE_LINES: usize = 16;
+
+/// How the kernel begins its last report.
+const PANIC: &str = "Kernel panic";
+
+/// Lines before a panic that an error message holds: what the guest said last by itself.
+const LINES_BEFORE_PANIC: usize = 3;
 
 /// The last lines of one source.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct LastLines(Arc<Mutex<VecDeque<String>>>);
 
 impl LastLines {
-    /// The lines as the end of an error message: empty, or `; its <source> ends with: …`.
+    /// The lines as the end of an error message: empty, or `; <source> ends with: …`. They are the last ones, or, where
+    /// the kernel panicked, those around the beginning of its report, which says why.
     pub(crate) fn epilogue(&self, source: &str) -> String {
         let lines = self.lock();
         if lines.is_empty() {
             return String::new();
         }
-        let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
+        let first = match lines.iter().rposition(|line| line.contains(PANIC)) {
+            Some(panic) => panic.saturating_sub(LINES_BEFORE_PANIC),
+            None => lines.len().saturating_sub(EPILOGUE_LINES),
+        };
+        let lines = lines.iter().skip(first).take(EPILOGUE_LINES);
+        let lines: Vec<&str> = lines.map(String::as_str).collect();
         format!("; {source} ends with: {}", lines.join(" | "))
     }
 
@@ -70,7 +85,8 @@ pub(crate) async fn follow(mut source: impl AsyncRead + Unpin, name: &str, last:
     emit(&mut line);
 }
 
-fn printable(line: &[u8]) -> String {
+/// A text of the guest's as one line of a log or an error message.
+pub(crate) fn printable(line: &[u8]) -> String {
     String::from_utf8_lossy(line)
         .trim_end()
         .chars()
@@ -115,6 +131,29 @@ mod tests {
         let lines = lines_of(text.as_bytes()).await;
         assert_eq!(lines.len(), KEPT_LINES);
         assert_eq!(lines.last().unwrap(), "99");
+    }
+
+    #[test]
+    fn epilogue_holds_the_last_lines() {
+        let last = LastLines::default();
+        (0..40).for_each(|n| last.push(n.to_string()));
+        let epilogue = last.epilogue("it");
+        assert!(epilogue.starts_with("; it ends with: 24 | "), "{epilogue}");
+        assert!(epilogue.ends_with(" | 39"), "{epilogue}");
+    }
+
+    #[test]
+    fn epilogue_of_a_panic_begins_before_it() {
+        let last = LastLines::default();
+        last.push("why".into());
+        last.push("[ 1.0] Kernel panic - not syncing".into());
+        (0..30).for_each(|n| last.push(format!("trace {n}")));
+        let epilogue = last.epilogue("it");
+        assert!(
+            epilogue.starts_with("; it ends with: why | [ 1.0] Kernel panic"),
+            "{epilogue}"
+        );
+        assert!(epilogue.ends_with(" | trace 13"), "{epilogue}");
     }
 
     #[test]
