@@ -18,6 +18,11 @@ pub enum Error {
         "cannot open /dev/kvm: enable hardware virtualization and load kvm_intel or kvm_amd, then check its permissions"
     )]
     OpenKvm(#[source] errno::Error),
+    /// `/dev/kvm` is something else.
+    #[error(
+        "/dev/kvm does not speak KVM's language: it has to be the device that the kernel's kvm module makes"
+    )]
+    NotKvm,
 
     /// The host's KVM lacks something that this VMM needs.
     #[error("the host's KVM has no {capability}: a newer kernel is needed")]

@@ -15,9 +15,16 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::error::Error;
 use crate::layout::{KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE};
 
+/// `KVM_API_VERSION` of linux/kvm.h.
+const API_VERSION: i32 = 12;
+
 /// Opens KVM and checks that it can do what this VMM builds on.
 pub(crate) fn open() -> Result<Kvm, Error> {
     let kvm = Kvm::new().map_err(Error::OpenKvm)?;
+    // The one version that there has been since Linux 2.6.22 (Documentation/virt/kvm/api.rst, 4.1).
+    if kvm.get_api_version() != API_VERSION {
+        return Err(Error::NotKvm);
+    }
     for (capability, name) in [
         (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
         (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
