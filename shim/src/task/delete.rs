@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim::protos::events::task::TaskDelete;
+use containerd_shim::protos::ttrpc::Code;
 use log::warn;
 
 use super::exit::timestamp;
 use crate::container::Container;
 use crate::error::Error;
 use crate::hooks;
-use crate::process::{Exit, NOT_STARTED, Process, ProcessState};
+use crate::process::{Exit, Process, ProcessState};
 use crate::sandbox::Sandbox;
 
 /// How long the output of a container's first process may take to be read; as in runc's shim.
@@ -18,6 +19,9 @@ const INIT_DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// The same for an exec, whose children may go on and hold its output open.
 const EXEC_DRAIN_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long a process may take to end that was killed before its start.
+const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// SIGKILL.
 const KILL: u32 = 9;
@@ -111,7 +115,9 @@ async fn end(container: &Container) -> Result<Exit, Error> {
                 .await
             {
                 // With the VM the process ends as well.
-                Ok(()) | Err(Error::VmEnded(_)) => Ok(init.wait().await),
+                Ok(()) | Err(Error::VmEnded(_)) => tokio::time::timeout(END_LIMIT, init.wait())
+                    .await
+                    .map_err(|_| cannot_delete("running")),
                 Err(err) => Err(err),
             }
         }
@@ -133,10 +139,16 @@ async fn delete_exec(container: &Container, exec_id: &str) -> Result<Exit, Error
         ProcessState::Starting | ProcessState::Running => return Err(cannot_delete("running")),
     };
     drain(&exec.process, EXEC_DRAIN_LIMIT).await;
-    if container.vm().end().reason().is_none() && exit.status != NOT_STARTED {
+    if container.vm().end().reason().is_none() {
         let target = container.target(&exec.process);
-        if let Err(err) = container.vm().agent().remove_process(&target).await {
-            warn!("the guest does not forget {target:?}: {}", err.chain());
+        match container.vm().agent().remove_process(&target).await {
+            // The guest never had one that could not be started.
+            Ok(())
+            | Err(Error::Agent {
+                code: Code::NOT_FOUND,
+                ..
+            }) => {}
+            Err(err) => warn!("the guest does not forget {target:?}: {}", err.chain()),
         }
     }
     container.remove_exec(exec_id);
