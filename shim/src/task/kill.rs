@@ -24,10 +24,12 @@ impl Sandbox {
             }
             ProcessState::Created | ProcessState::Starting | ProcessState::Running => {}
         }
-        container
-            .vm()
-            .agent()
-            .signal_process(&container.target(&process), signal, all && !is_exec)
-            .await
+        let target = container.target(&process);
+        let agent = container.vm().agent();
+        match agent.signal_process(&target, signal, all && !is_exec).await {
+            // The VM took the process with it; that its exit is published is a matter of moments.
+            Err(Error::VmEnded(_)) => Err(Error::ProcessFinished),
+            result => result,
+        }
     }
 }
