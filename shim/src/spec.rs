@@ -123,6 +123,12 @@ pub(crate) fn drop_host_resources(resources: &mut LinuxResources) {
         block_io.set_throttle_read_iops_device(None);
         block_io.set_throttle_write_iops_device(None);
     }
+    if let Some(unified) = resources.unified_mut() {
+        // The same by another way.
+        unified.retain(|file, _| {
+            !file.starts_with("cpuset.") && !file.starts_with("io.") && !file.starts_with("rdma.")
+        });
+    }
     // Names of the host's interfaces, and its adapters.
     resources.set_network(None);
     resources.set_rdma(None);
@@ -325,6 +331,7 @@ mod tests {
                     "resources": {
                         "cpu": {"cpus": "8-11", "mems": "1", "shares": 512},
                         "network": {"classID": 1},
+                        "unified": {"cpuset.cpus": "8-11", "io.max": "8:0 rbps=1", "memory.high": "7"},
                         "pids": {"limit": 5}
                     }
                 }})),
@@ -336,6 +343,7 @@ mod tests {
         assert_eq!(linux["namespaces"], json!([{"type": "pid"}]));
         assert_eq!(linux["resources"]["cpu"], json!({"shares": 512}));
         assert_eq!(linux["resources"]["pids"], json!({"limit": 5}));
+        assert_eq!(linux["resources"]["unified"], json!({"memory.high": "7"}));
         for gone in ["cgroupsPath", "intelRdt"] {
             assert!(linux.get(gone).is_none(), "{gone}");
         }
