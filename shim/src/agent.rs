@@ -18,6 +18,7 @@ use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
+use crate::console::printable;
 use crate::error::Error;
 use crate::vm::End;
 
@@ -28,6 +29,9 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 /// How long the news of a VM's end may take to overtake the news that its connections failed: the worker has to be
 /// reaped for it.
 const END_LIMIT: Duration = Duration::from_secs(5);
+
+/// Longest message of the agent's that is passed on, in bytes.
+const MAX_MESSAGE: usize = 4096;
 
 /// Names a process in the guest; without an `exec_id`, a container's first one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -287,7 +291,7 @@ impl Agent {
             Err(ttrpc::Error::RpcStatus(status)) => Err(Error::Agent {
                 verb,
                 code: status.code(),
-                message: status.message().to_owned(),
+                message: message_of(status.message()),
             }),
             // The connection has failed, which most often is the VM's end. Then say that.
             Err(source) => match tokio::time::timeout(END_LIMIT, self.end.wait()).await {
@@ -298,5 +302,23 @@ impl Agent {
                 }
             },
         }
+    }
+}
+
+/// What the agent says of an error. It is logged and shown to people, and the guest is not trusted.
+fn message_of(text: &str) -> String {
+    let bytes = text.as_bytes();
+    printable(bytes.get(..MAX_MESSAGE).unwrap_or(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn message_of_a_guest_is_one_short_line() {
+        assert_eq!(message_of("a\nb\x1b[2J"), "a\u{fffd}b\u{fffd}[2J");
+        assert_eq!(message_of(&"x".repeat(1 << 20)).len(), MAX_MESSAGE);
+        assert!(message_of(&"ä".repeat(1 << 20)).len() <= MAX_MESSAGE + 3);
     }
 }
