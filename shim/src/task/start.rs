@@ -1,6 +1,7 @@
 //! `Start`: runs the first process of a created container, or a process that `Exec` added.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use containerd_shim::protos::events::task::{TaskExecStarted, TaskOOM, TaskStart};
 use husk_protocol::agent::ExecProcessRequest;
@@ -13,6 +14,9 @@ use crate::hooks;
 use crate::process::{Exit, NOT_STARTED, ProcessState};
 use crate::sandbox::Sandbox;
 use crate::streams::{self, LogIdentity};
+
+/// How long containerd may take for the news of an OOM kill before it gets the next.
+const OOM_EVENT_LIMIT: Duration = Duration::from_secs(60);
 
 impl Sandbox {
     /// Starts a process and returns the pid of the VM's worker.
@@ -107,6 +111,8 @@ impl Sandbox {
                             container_id: container.id().to_owned(),
                             ..Default::default()
                         });
+                        // A guest that kills without end must not fill the queue.
+                        sandbox.events().flush(OOM_EVENT_LIMIT).await;
                     }
                     Ok(kills) => {
                         debug!("no OOM kills beyond {kills} of {}", container.id());
