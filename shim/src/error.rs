@@ -3,13 +3,13 @@
 //! Codes are those that runc's shim answers in the same situation, because containerd and its clients were written
 //! against them. A wrong state, a mount or a runtime that fails are `Unknown` there, and therefore here.
 
-use std::error::Error as _;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use containerd_shim::protos::ttrpc::{self, Code, error::get_rpc_status};
 use husk_config::ConfigError;
+use nix::errno::Errno;
 
 /// An error of the task service.
 #[derive(Debug, thiserror::Error)]
@@ -135,6 +135,8 @@ pub(crate) enum Error {
         #[source]
         source: ttrpc::Error,
     },
+    #[error("the sandbox is shutting down")]
+    Abandoned,
     #[error("{0} is not implemented")]
     Unimplemented(&'static str),
 }
@@ -142,14 +144,7 @@ pub(crate) enum Error {
 impl Error {
     /// The error and its causes in one line.
     pub(crate) fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = self.source();
-        while let Some(err) = cause {
-            text.push_str(": ");
-            text.push_str(&err.to_string());
-            cause = err.source();
-        }
-        text
+        chain(self)
     }
 
     fn code(&self) -> Code {
@@ -181,10 +176,34 @@ impl Error {
             | Self::BootRefused(_)
             | Self::Connect { .. } => Code::UNKNOWN,
             Self::BootTimeout { .. } | Self::AgentTimeout { .. } => Code::DEADLINE_EXCEEDED,
-            Self::VmEnded(_) | Self::AgentGone { .. } => Code::UNAVAILABLE,
+            Self::VmEnded(_) | Self::AgentGone { .. } | Self::Abandoned => Code::UNAVAILABLE,
             Self::Agent { code, .. } => *code,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
         }
+    }
+}
+
+/// An error and its causes in one line.
+pub(crate) fn chain(err: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = describe(err);
+    let mut cause = err.source();
+    while let Some(err) = cause {
+        text.push_str(": ");
+        text.push_str(&describe(err));
+        cause = err.source();
+    }
+    text
+}
+
+/// An error of the system in its own words and without its number, as every program of containerd's world writes it.
+fn describe(err: &(dyn std::error::Error + 'static)) -> String {
+    let errno = err
+        .downcast_ref::<io::Error>()
+        .and_then(io::Error::raw_os_error)
+        .map(Errno::from_raw);
+    match errno {
+        Some(errno) => errno.desc().to_lowercase(),
+        None => err.to_string(),
     }
 }
 
@@ -222,7 +241,7 @@ mod tests {
         assert_eq!(code, Code::UNKNOWN);
         assert_eq!(
             message,
-            "cannot bind /absent of the host to /data in the container: No such file or directory (os error 2)"
+            "cannot bind /absent of the host to /data in the container: no such file or directory"
         );
     }
 

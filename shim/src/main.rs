@@ -20,7 +20,6 @@ mod task;
 mod vm;
 mod vmm;
 
-use std::error::Error;
 use std::ffi::OsString;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
@@ -39,20 +38,8 @@ fn main() -> ExitCode {
     match start::main(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(err) => {
-            eprintln!("{}: {}", env!("CARGO_BIN_NAME"), chain(&err));
+            eprintln!("{}: {}", env!("CARGO_BIN_NAME"), error::chain(&err));
             ExitCode::FAILURE
         }
     }
-}
-
-/// An error and its causes in one line.
-fn chain(err: &dyn Error) -> String {
-    let mut text = err.to_string();
-    let mut cause = err.source();
-    while let Some(err) = cause {
-        text.push_str(": ");
-        text.push_str(&err.to_string());
-        cause = err.source();
-    }
-    text
 }

@@ -26,6 +26,8 @@ pub(crate) struct Sandbox {
     events: Events,
     containers: Mutex<HashMap<String, Slot>>,
     vm: Mutex<VmCell>,
+    /// containerd has given up the containers that are being created, and does not come back.
+    abandoned: watch::Sender<bool>,
     shut_down: watch::Sender<bool>,
 }
 
@@ -44,6 +46,7 @@ impl Sandbox {
             events,
             containers: Mutex::default(),
             vm: Mutex::default(),
+            abandoned: watch::Sender::new(false),
             shut_down: watch::Sender::new(false),
         })
     }
@@ -132,6 +135,31 @@ impl Sandbox {
         if let Some(vm) = cell.get() {
             vm.stop().await;
         }
+    }
+
+    /// Whether a container exists, as opposed to one that is being created.
+    pub(crate) fn has_containers(&self) -> bool {
+        lock(&self.containers)
+            .values()
+            .any(|slot| matches!(slot, Slot::Created(_)))
+    }
+
+    /// Makes those that are creating containers give up.
+    pub(crate) fn abandon(&self) {
+        self.abandoned.send_replace(true);
+    }
+
+    pub(crate) async fn wait_abandoned(&self) {
+        // The sender lives as long as `self`.
+        let _ = self
+            .abandoned
+            .subscribe()
+            .wait_for(|&abandoned| abandoned)
+            .await;
+    }
+
+    pub(crate) fn is_abandoned(&self) -> bool {
+        *self.abandoned.borrow()
     }
 
     /// Makes [`Sandbox::wait_shut_down`] return.

@@ -31,7 +31,7 @@ use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use oci_spec::runtime::Spec;
+use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::events::Events;
@@ -83,7 +83,7 @@ pub(crate) enum StartError {
     #[error("{0} is no action of a shim")]
     Action(String),
     #[error("cannot read the OCI configuration of the bundle")]
-    ReadSpec(#[source] oci_spec::OciSpecError),
+    ReadSpec(#[source] serde_json::Error),
     #[error("cannot {operation} {path}")]
     File {
         operation: &'static str,
@@ -172,7 +172,8 @@ fn print(bytes: &[u8]) -> Result<(), StartError> {
 /// address.
 fn start(flags: &Flags) -> Result<String, StartError> {
     let options = read_options()?;
-    let spec = Spec::load("config.json").map_err(StartError::ReadSpec)?;
+    let spec = fs::read("config.json").map_err(file_error("read", "config.json"))?;
+    let spec: Value = serde_json::from_slice(&spec).map_err(StartError::ReadSpec)?;
     let group = group(&spec).unwrap_or(&flags.id);
     let address = address(flags, group);
     if let Some(socket) = bind(&address)?
@@ -185,12 +186,12 @@ fn start(flags: &Flags) -> Result<String, StartError> {
     Ok(address)
 }
 
-fn group(spec: &Spec) -> Option<&str> {
-    let annotations = spec.annotations().as_ref()?;
+/// The group of the container with this OCI configuration, of which nothing else matters here.
+fn group(spec: &Value) -> Option<&str> {
+    let annotations = spec.get("annotations")?;
     GROUP_ANNOTATIONS
         .iter()
-        .find_map(|name| annotations.get(*name))
-        .map(String::as_str)
+        .find_map(|name| annotations.get(*name)?.as_str())
 }
 
 fn address(flags: &Flags, group: &str) -> String {
@@ -448,21 +449,20 @@ fn init_logger(debug: bool) {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
-    fn spec(annotations: &serde_json::Value) -> Spec {
-        serde_json::from_value(serde_json::json!({
-            "ociVersion": "1.1.0", "annotations": annotations
-        }))
-        .unwrap()
+    fn spec(annotations: &Value) -> Value {
+        json!({"ociVersion": "1.1.0", "annotations": annotations})
     }
 
     #[test]
     fn group_is_the_sandbox_and_runcs_label_comes_first() {
-        assert_eq!(group(&spec(&serde_json::json!({}))), None);
-        let pod = spec(&serde_json::json!({"io.kubernetes.cri.sandbox-id": "pod"}));
+        assert_eq!(group(&spec(&json!({}))), None);
+        let pod = spec(&json!({"io.kubernetes.cri.sandbox-id": "pod"}));
         assert_eq!(group(&pod), Some("pod"));
-        let both = spec(&serde_json::json!({
+        let both = spec(&json!({
             "io.kubernetes.cri.sandbox-id": "pod", "io.containerd.runc.v2.group": "g"
         }));
         assert_eq!(group(&both), Some("g"));

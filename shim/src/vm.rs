@@ -62,10 +62,10 @@ impl End {
     }
 }
 
-/// A VM that runs, or ran; see [`Vm::end`].
+/// A VM that runs, or ran; see [`Vm::end`]. Dropping it ends it.
 #[derive(Debug)]
 pub(crate) struct Vm {
-    worker: Worker,
+    worker: OwnedWorker,
     pid: u32,
     agent: Agent,
     end: End,
@@ -159,7 +159,7 @@ impl Vm {
     #[cfg(test)]
     pub(crate) fn fake(worker: Worker, agent: Agent, end: End, pid: u32) -> Self {
         Self {
-            worker,
+            worker: OwnedWorker(worker),
             pid,
             agent,
             end,
@@ -192,13 +192,13 @@ impl Vm {
 
     /// Opens a vsock connection; also returns the host's port of it.
     pub(crate) async fn connect(&self, port: u32) -> Result<(u32, UnixStream), Error> {
-        let connected = self.worker.connect_vsock(port).await;
+        let connected = self.worker.0.connect_vsock(port).await;
         or_end(connected, &self.end)
     }
 
     /// Logs how often the vCPUs have left the guest so far, by kind.
     pub(crate) async fn log_exits(&self) {
-        match self.worker.metrics().await {
+        match self.worker.0.metrics().await {
             Ok(counters) => {
                 let exits: Vec<_> = counters
                     .iter()
@@ -214,14 +214,24 @@ impl Vm {
     /// Ends the VM and returns when its worker is gone. May be called more than once.
     pub(crate) async fn stop(&self) {
         self.stopped.store(true, Ordering::Relaxed);
-        self.worker.close();
+        self.worker.0.close();
         self.end.wait().await;
     }
 }
 
-/// A VM whose agent is not connected yet.
+/// A worker that is told to end when its owner is dropped, as that of a boot that is given up.
+#[derive(Debug)]
+struct OwnedWorker(Worker);
+
+impl Drop for OwnedWorker {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// A VM whose agent is not connected yet. Dropping it ends it.
 struct Starting {
-    worker: Worker,
+    worker: OwnedWorker,
     pid: u32,
     end: End,
     ready: watch::Receiver<bool>,
@@ -262,7 +272,7 @@ impl Starting {
         };
         tokio::spawn(watcher.run());
         Self {
-            worker,
+            worker: OwnedWorker(worker),
             pid,
             end,
             ready,
@@ -272,7 +282,7 @@ impl Starting {
     }
 
     async fn boot(&self, config: VmConfig, files: &[BorrowedFd<'_>]) -> Result<(), Error> {
-        match self.worker.boot(config, files).await {
+        match self.worker.0.boot(config, files).await {
             // The worker died of it. Its exit status says more than the socket's.
             Err(Error::WorkerSocket(_)) => Err(Error::VmEnded(self.end.wait().await.to_string())),
             result => result,
@@ -295,13 +305,13 @@ impl Starting {
     }
 
     async fn connect_agent(&self) -> Result<UnixStream, Error> {
-        let connected = self.worker.connect_vsock(AGENT_PORT).await;
+        let connected = self.worker.0.connect_vsock(AGENT_PORT).await;
         or_end(connected, &self.end).map(|(_, stream)| stream)
     }
 
     async fn stop(&self) {
         self.stopped.store(true, Ordering::Relaxed);
-        self.worker.close();
+        self.worker.0.close();
         self.end.wait().await;
     }
 
@@ -423,7 +433,7 @@ mod tests {
             .unwrap_err();
         assert_eq!(
             err.chain(),
-            "cannot open the guest's kernel /absent/vmlinux: No such file or directory (os error 2)"
+            "cannot open the guest's kernel /absent/vmlinux: no such file or directory"
         );
     }
 

@@ -652,6 +652,35 @@ async fn failed_create_gives_the_id_back() {
 }
 
 #[tokio::test]
+async fn shutdown_gives_up_what_is_being_created() {
+    let fixture = Fixture::new().await;
+    fixture.delete("").await.unwrap();
+    let reservation = fixture.sandbox.reserve("y").unwrap();
+    let req = ShutdownRequest::default();
+    fixture
+        .task
+        .shutdown(Context::default(), &req)
+        .await
+        .unwrap();
+    fixture.sandbox.wait_abandoned().await;
+    // Whoever creates it ends the shim, when it has cleaned up.
+    let ended = tokio::time::timeout(Duration::ZERO, fixture.sandbox.wait_shut_down()).await;
+    assert!(ended.is_err());
+    drop(reservation);
+    let req = CreateTaskRequest {
+        id: "z".into(),
+        bundle: "/absent".into(),
+        ..Default::default()
+    };
+    fixture
+        .task
+        .create(Context::default(), &req)
+        .await
+        .unwrap_err();
+    fixture.sandbox.wait_shut_down().await;
+}
+
+#[tokio::test]
 async fn shutdown_waits_for_the_last_container() {
     let fixture = Fixture::new().await;
     let req = ShutdownRequest::default();

@@ -43,7 +43,11 @@ impl Sandbox {
         check_id(&request.id)?;
         let reservation = self.reserve(&request.id)?;
         let event = created_event(&request);
-        match self.build(request).await {
+        let built = tokio::select! {
+            built = self.build(request) => built,
+            () = self.wait_abandoned() => Err(Error::Abandoned),
+        };
+        match built {
             Ok(container) => {
                 let container = Arc::new(container);
                 let pid = container.vm().pid();
@@ -55,6 +59,9 @@ impl Sandbox {
             Err(err) => {
                 drop(reservation);
                 self.stop_unused_vm().await;
+                if self.is_abandoned() && self.is_empty() {
+                    self.shut_down();
+                }
                 Err(err)
             }
         }
