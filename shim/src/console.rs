@@ -23,10 +23,6 @@ const PANIC: &str = "Kernel panic";
 /// Lines before a panic that an error message holds: what the guest said last by itself.
 const LINES_BEFORE_PANIC: usize = 3;
 
-/// What the guest's kernel writes when it panics. A trace follows that would push out what led to it, so nothing is kept
-/// after this line.
-const LAST_WORDS: &str = "Kernel panic - not syncing";
-
 /// The last lines of one source.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct LastLines(Arc<Mutex<VecDeque<String>>>);
@@ -50,9 +46,6 @@ impl LastLines {
 
     fn push(&self, line: String) {
         let mut lines = self.lock();
-        if lines.back().is_some_and(|last| last.contains(LAST_WORDS)) {
-            return;
-        }
         if lines.len() == KEPT_LINES {
             lines.pop_front();
         }
@@ -161,16 +154,6 @@ mod tests {
             "{epilogue}"
         );
         assert!(epilogue.ends_with(" | trace 13"), "{epilogue}");
-    }
-
-    #[tokio::test]
-    async fn panic_is_the_last_that_is_kept() {
-        let trace: String = (0..100).map(|n| format!("trace {n}\n")).collect();
-        let text = format!("why\nKernel panic - not syncing: init\n{trace}");
-        assert_eq!(
-            lines_of(text.as_bytes()).await,
-            ["why", "Kernel panic - not syncing: init"]
-        );
     }
 
     #[test]

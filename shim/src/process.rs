@@ -9,6 +9,7 @@
 //! `Starting` lasts until the event of the start is published; an exit that is known earlier waits for it, so that
 //! containerd never sees `TaskExit` before `TaskStart`.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -72,6 +73,8 @@ pub(crate) struct Process {
     stdio: Stdio,
     state: watch::Sender<ProcessState>,
     streams: Mutex<Option<Streams>>,
+    /// Stdin was closed before there were streams.
+    stdin_closed: AtomicBool,
     tty_size: Mutex<TtySize>,
 }
 
@@ -82,6 +85,7 @@ impl Process {
             stdio,
             state: watch::Sender::new(ProcessState::Created),
             streams: Mutex::new(None),
+            stdin_closed: AtomicBool::new(false),
             tty_size: Mutex::new(tty_size),
         }
     }
@@ -172,16 +176,29 @@ impl Process {
 
     /// Keeps the streams until [`Process::take_streams`].
     pub(crate) fn attach(&self, streams: Streams) {
-        *lock(&self.streams) = Some(streams);
+        let mut attached = lock(&self.streams);
+        if self.stdin_closed.load(Ordering::Relaxed) {
+            streams.close_stdin();
+        }
+        *attached = Some(streams);
+    }
+
+    /// Begins to read standard input, see [`Streams::open_stdin`].
+    pub(crate) fn open_stdin(&self) {
+        if let Some(streams) = lock(&self.streams).as_ref() {
+            streams.open_stdin();
+        }
     }
 
     pub(crate) fn take_streams(&self) -> Option<Streams> {
         lock(&self.streams).take()
     }
 
-    /// Ends the process's standard input, see [`Streams::close_stdin`].
+    /// Ends the process's standard input, see [`Streams::close_stdin`]. Counts before the start, too.
     pub(crate) fn close_stdin(&self) {
-        if let Some(streams) = lock(&self.streams).as_ref() {
+        let attached = lock(&self.streams);
+        self.stdin_closed.store(true, Ordering::Relaxed);
+        if let Some(streams) = attached.as_ref() {
             streams.close_stdin();
         }
     }

@@ -5,7 +5,9 @@
 //!
 //! A fifo for output is opened for reading and writing, so that a reader may come late and may go early: the open does
 //! not block, and a write never fails with EPIPE. For input the shim holds a writer of its own until `CloseIO`, so that
-//! a client that detaches is no end of file.
+//! a client that detaches is no end of file. It opens the fifo for input when the process starts, and not before: a
+//! client's first write waits for that, so that `ctr`, which forgets an end of its input that comes while it still
+//! creates the task (containerd issue 4489), meets the end of a short input when it can tell of it.
 
 use std::fs::File;
 use std::io;
@@ -13,7 +15,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
@@ -95,16 +97,10 @@ impl Output {
 /// containerd's ends of a process's streams, opened.
 #[derive(Debug, Default)]
 pub(crate) struct Ends {
-    stdin: Option<InputEnd>,
+    stdin: Option<PathBuf>,
     stdout: Option<Sink>,
     stderr: Option<Sink>,
     logger: Option<Child>,
-}
-
-#[derive(Debug)]
-struct InputEnd {
-    reader: pipe::Receiver,
-    writer: OwnedFd,
 }
 
 #[derive(Debug)]
@@ -129,10 +125,25 @@ impl Sink {
 /// The streams of a process that are connected to the guest.
 #[derive(Debug, Default)]
 pub(crate) struct Streams {
-    stdin: Option<JoinHandle<()>>,
-    stdin_writer: Mutex<Option<OwnedFd>>,
+    stdin: Mutex<Stdin>,
     outputs: Vec<JoinHandle<()>>,
     logger: Option<Child>,
+}
+
+#[derive(Debug, Default)]
+enum Stdin {
+    #[default]
+    None,
+    /// The process has not started.
+    Waiting {
+        fifo: PathBuf,
+        guest: UnixStream,
+        closed: bool,
+    },
+    Copying {
+        copy: JoinHandle<()>,
+        writer: Option<OwnedFd>,
+    },
 }
 
 /// The host's ports of the connections, by which the agent finds them; 0 for none.
@@ -147,7 +158,7 @@ pub(crate) struct Ports {
 pub(crate) async fn open(stdio: &Stdio, identity: LogIdentity<'_>) -> Result<Ends, Error> {
     let stdin = match stdio.stdin.as_str() {
         "" => None,
-        uri => Some(open_stdin(uri).map_err(|source| stream_error(uri, source))?),
+        uri => Some(find_stdin(uri).map_err(|source| stream_error(uri, source))?),
     };
     let stderr_uri = if stdio.terminal { "" } else { &stdio.stderr };
     let mut ends = Ends {
@@ -211,10 +222,13 @@ impl Ends {
         let mut streams = Streams::default();
         streams.logger = self.logger;
         let mut ports = Ports::default();
-        if let (Some(end), Some((port, guest))) = (self.stdin, stdin) {
+        if let (Some(fifo), Some((port, guest))) = (self.stdin, stdin) {
             ports.stdin = port;
-            streams.stdin_writer = Mutex::new(Some(end.writer));
-            streams.stdin = Some(tokio::spawn(copy_input(end.reader, guest)));
+            streams.stdin = Mutex::new(Stdin::Waiting {
+                fifo,
+                guest,
+                closed: false,
+            });
         }
         if let (Some(sink), Some((port, guest))) = (self.stdout, stdout) {
             ports.stdout = port;
@@ -229,13 +243,44 @@ impl Ends {
 }
 
 impl Streams {
+    /// Begins to copy stdin: to be called when the process starts. May be called more than once.
+    pub(crate) fn open_stdin(&self) {
+        let mut stdin = self.stdin();
+        let (fifo, guest, closed) = match std::mem::take(&mut *stdin) {
+            Stdin::Waiting {
+                fifo,
+                guest,
+                closed,
+            } => (fifo, guest, closed),
+            other => {
+                *stdin = other;
+                return;
+            }
+        };
+        match open_fifo(&fifo) {
+            Ok((reader, writer)) => {
+                *stdin = Stdin::Copying {
+                    copy: tokio::spawn(copy_input(reader, guest)),
+                    writer: (!closed).then_some(writer),
+                };
+            }
+            // It was there when the process was created. Without it, the input is at its end.
+            Err(err) => warn!("cannot open standard stream {}: {err}", fifo.display()),
+        }
+    }
+
     /// Gives up the shim's own writer of the stdin fifo: once its other writers are gone too and it is empty, the
     /// process reads the end of its input. May be called more than once.
     pub(crate) fn close_stdin(&self) {
-        self.stdin_writer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        match &mut *self.stdin() {
+            Stdin::None => {}
+            Stdin::Waiting { closed, .. } => *closed = true,
+            Stdin::Copying { writer, .. } => drop(writer.take()),
+        }
+    }
+
+    fn stdin(&self) -> MutexGuard<'_, Stdin> {
+        self.stdin.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until all output of an ended process has been handed over, but no longer than `limit`: a process that it
@@ -261,7 +306,10 @@ impl Streams {
 
 impl Drop for Streams {
     fn drop(&mut self) {
-        for copy in self.stdin.iter().chain(&self.outputs) {
+        if let Stdin::Copying { copy, .. } = &*self.stdin() {
+            copy.abort();
+        }
+        for copy in &self.outputs {
             copy.abort();
         }
     }
@@ -274,18 +322,23 @@ fn stream_error(uri: &str, source: io::Error) -> Error {
     }
 }
 
-fn open_stdin(uri: &str) -> io::Result<InputEnd> {
+/// The fifo that `uri` names, if it is one.
+fn find_stdin(uri: &str) -> io::Result<PathBuf> {
     let path = Path::new(uri.strip_prefix("fifo://").unwrap_or(uri));
+    if !std::fs::metadata(path)?.file_type().is_fifo() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a pipe"));
+    }
+    Ok(path.to_owned())
+}
+
+fn open_fifo(path: &Path) -> io::Result<(pipe::Receiver, OwnedFd)> {
     // Non-blocking on both ends: neither open waits for the other.
     let reader = pipe::OpenOptions::new().open_receiver(path)?;
     let writer = File::options()
         .write(true)
         .custom_flags(OFlag::O_NONBLOCK.bits())
         .open(path)?;
-    Ok(InputEnd {
-        reader,
-        writer: writer.into(),
-    })
+    Ok((reader, writer.into()))
 }
 
 fn open_path(path: &Path, uri: &str) -> Result<Option<Sink>, Error> {
@@ -469,8 +522,15 @@ mod tests {
         }
     }
 
-    /// Streams whose guest is the other ends of socket pairs.
+    /// Streams of a started process, whose guest is the other ends of socket pairs.
     fn connected(ends: Ends) -> (Streams, [Option<UnixStream>; 3]) {
+        let (streams, guest) = waiting(ends);
+        streams.open_stdin();
+        (streams, guest)
+    }
+
+    /// The same, before the start.
+    fn waiting(ends: Ends) -> (Streams, [Option<UnixStream>; 3]) {
         let pair = |wanted: bool, port: u32| {
             let (host, guest) = wanted.then(|| UnixStream::pair().unwrap()).unzip();
             (host.map(|host| (port, host)), guest)
@@ -617,6 +677,33 @@ mod tests {
         let mut text = String::new();
         stdin.read_to_string(&mut text).await.unwrap();
         assert_eq!(text, "hello world");
+    }
+
+    #[tokio::test]
+    async fn stdin_is_not_taken_before_the_start_and_a_close_until_then_counts() {
+        let fifos = Fifos::new();
+        let ends = open(&fifos.stdio(), IDENTITY).await.unwrap();
+        let (streams, [stdin, _, _]) = waiting(ends);
+        let no_reader = File::options()
+            .write(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(fifos.path("stdin"))
+            .unwrap_err();
+        assert_eq!(no_reader.raw_os_error(), Some(6));
+        streams.close_stdin();
+        streams.open_stdin();
+        streams.open_stdin();
+        assert_eq!(stdin.unwrap().read(&mut [0]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn stdin_that_is_no_fifo_is_refused() {
+        let stdio = Stdio {
+            stdin: "/dev/null".into(),
+            ..Stdio::default()
+        };
+        let err = open(&stdio, IDENTITY).await.unwrap_err();
+        assert!(err.chain().contains("/dev/null"), "{}", err.chain());
     }
 
     #[tokio::test]

@@ -38,6 +38,7 @@ impl Sandbox {
             init.not_started(ProcessState::Created);
             return Err(err);
         }
+        init.open_stdin();
         self.publish(TaskStart {
             container_id: container.id().to_owned(),
             pid: container.vm().pid(),
@@ -95,7 +96,9 @@ impl Sandbox {
             };
             container.vm().agent().exec_process(request).await
         })
-        .await
+        .await?;
+        process.open_stdin();
+        Ok(())
     }
 
     /// Reports every OOM kill in the container, until the container or the VM is gone.
