@@ -1,6 +1,11 @@
 //! The worker process as the shim uses it, on real KVM: spawned, asked over the control socket, jailed, and its end.
 //! Its program is `examples/worker.rs`.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test; clippy.toml's leave is for functions with #[test] alone"
+)]
+
 mod support;
 
 use std::fs::File;
@@ -26,8 +31,8 @@ const DISK: &[u8] = b"HUSK-DISK";
 fn has_kvm() -> bool {
     let has = std::env::var_os("HUSK_TEST_KVM").is_some();
     if !has {
-        eprintln!(
-            "SKIPPED: needs real KVM (set HUSK_TEST_KVM where there is one; ci/test does, in the node)"
+        support::say_skipped(
+            "needs real KVM (set HUSK_TEST_KVM where there is one; ci/test does, in the node)",
         );
     }
     has
