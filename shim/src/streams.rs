@@ -7,7 +7,7 @@
 //! not block, and a write never fails with EPIPE. For input the shim holds a writer of its own until `CloseIO`, so that
 //! a client that detaches is no end of file. It opens the fifo for input when the process starts, and not before: a
 //! client's first write waits for that, so that `ctr`, which forgets an end of its input that comes while it still
-//! creates the task (containerd issue 4489), meets the end of a short input when it can tell of it.
+//! creates the task, meets the end of a short input when it can tell of it.
 
 use std::fs::File;
 use std::io;
