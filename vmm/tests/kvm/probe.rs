@@ -16,7 +16,7 @@ fn a_machine_without_hardware_virtualization_fails_with_advice() {
         .split_whitespace()
         .any(|word| word == "svm" || word == "vmx");
     if has_hardware {
-        eprintln!("SKIPPED: this machine has hardware virtualization");
+        support::say_skipped("this machine has hardware virtualization");
         return;
     }
     let error = support::chain(&husk_vmm::probe().unwrap_err());

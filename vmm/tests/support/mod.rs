@@ -244,10 +244,16 @@ pub(crate) fn has_kvm() -> bool {
                 std::env::var_os("HUSK_TEST_KVM").is_none(),
                 "HUSK_TEST_KVM is set, but {reason}"
             );
-            eprintln!("SKIPPED: {reason}");
+            say_skipped(&reason);
             false
         }
     }
+}
+
+/// Says why a test does nothing: not by eprintln!, whose output is only shown for a test that fails.
+pub(crate) fn say_skipped(reason: &str) {
+    let name = thread::current().name().unwrap_or("a test").to_owned();
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {name}: {reason}");
 }
 
 /// Ends the test here where no guest can run.

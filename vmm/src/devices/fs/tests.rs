@@ -1,6 +1,7 @@
 //! Tests of the file system device, by a driver that plays a guest's FUSE client, honest or not.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
@@ -188,11 +189,16 @@ impl Guest {
     }
 }
 
+/// Not by eprintln!, whose output is only shown for a test that fails.
+fn say_skipped(reason: &str) {
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {reason}");
+}
+
 /// Tests that act for other users need root, as the worker has.
 fn without_root() -> bool {
     let without = !rustix::process::geteuid().is_root();
     if without {
-        eprintln!("skipped: not root, and so no files of other users can be made");
+        say_skipped("not root, and so no files of other users can be made");
     }
     without
 }
@@ -557,7 +563,7 @@ fn extended_attributes_are_stored_and_absurd_sizes_do_no_harm() {
     let body = [named(set.as_slice(), "user.husk"), b"value".to_vec()].concat();
     match guest.ask(Opcode::Setxattr, entry.nodeid, &body, 0) {
         Err(libc::EOPNOTSUPP) => {
-            return eprintln!("skipped: the temporary folder has no user attributes");
+            return say_skipped("the temporary folder has no user attributes");
         }
         result => result.unwrap(),
     };

@@ -182,14 +182,19 @@ fn interfaces() -> Vec<String> {
     names
 }
 
+/// Not by eprintln!, whose output is only shown for a test that fails.
+fn say_skipped(reason: &str) {
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {reason}");
+}
+
 /// A shared folder, and whether there can be a jail at all.
 fn share() -> Option<tempfile::TempDir> {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED: entering the jail needs root");
+        say_skipped("entering the jail needs root");
         return None;
     }
     if !Path::new(KVM).exists() {
-        eprintln!("SKIPPED: the jail holds {KVM}, which this machine has not got");
+        say_skipped("the jail holds /dev/kvm, which this machine has not got");
         return None;
     }
     Some(tempfile::tempdir().unwrap())
