@@ -1,15 +1,22 @@
 //! Text that comes from below: the guest's console and the worker's standard error. Each line goes to the log, and the
-//! last ones are kept for error messages. The guest is not trusted: lines have a bound, and what is not UTF-8, or would
-//! move the reader's cursor, is replaced.
+//! last ones are kept for error messages. The guest is not trusted: lines have a bound, more of them than a guest has
+//! reason to say are left out of the log, and what is not UTF-8, or would move the reader's cursor, is replaced.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use log::info;
+use log::{info, warn};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// Longest line in bytes; what follows is logged as a line of its own.
 const MAX_LINE: usize = 1024;
+
+/// Lines that one source may log at once: a kernel's start with all that it has to say, and a panic.
+const LINES_AT_ONCE: u32 = 2000;
+
+/// How soon one more line may follow those. A guest that never stops talking shall not fill the host's disk.
+const INTERVAL: Duration = Duration::from_millis(100);
 
 /// Lines that are kept: the report of a panic, which has some thirty, and what came before it.
 const KEPT_LINES: usize = 64;
@@ -61,13 +68,24 @@ impl LastLines {
 pub(crate) async fn follow(mut source: impl AsyncRead + Unpin, name: &str, last: LastLines) {
     let mut line = Vec::with_capacity(MAX_LINE);
     let mut chunk = [0; MAX_LINE];
-    let emit = |line: &mut Vec<u8>| {
+    let mut allowance = Allowance::new(Instant::now());
+    let mut left_out: u64 = 0;
+    let mut emit = |line: &mut Vec<u8>| {
         let text = printable(line);
         line.clear();
-        if !text.is_empty() {
-            info!("{name}: {text}");
-            last.push(text);
+        if text.is_empty() {
+            return;
         }
+        if allowance.take(Instant::now()) {
+            if left_out > 0 {
+                warn!("{name}: {left_out} lines were left out, for it says too much");
+                left_out = 0;
+            }
+            info!("{name}: {text}");
+        } else {
+            left_out += 1;
+        }
+        last.push(text);
     };
     // A read error is the end of the source as well.
     while let Ok(count @ 1..) = source.read(&mut chunk).await {
@@ -83,6 +101,42 @@ pub(crate) async fn follow(mut source: impl AsyncRead + Unpin, name: &str, last:
         }
     }
     emit(&mut line);
+}
+
+/// How many lines may be logged: [`LINES_AT_ONCE`], and one more each [`INTERVAL`] after they were used.
+#[derive(Debug)]
+struct Allowance {
+    left: u32,
+    /// Up to when the time has been turned into lines.
+    counted: Instant,
+}
+
+impl Allowance {
+    fn new(now: Instant) -> Self {
+        Self {
+            left: LINES_AT_ONCE,
+            counted: now,
+        }
+    }
+
+    /// Whether one may be logged now.
+    fn take(&mut self, now: Instant) -> bool {
+        let elapsed = now.saturating_duration_since(self.counted);
+        let earned = elapsed.as_millis() / INTERVAL.as_millis();
+        match u32::try_from(earned) {
+            Ok(earned) if earned < LINES_AT_ONCE - self.left => {
+                self.left += earned;
+                self.counted += INTERVAL * earned;
+            }
+            _ => {
+                self.left = LINES_AT_ONCE;
+                self.counted = now;
+            }
+        }
+        let may = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        may
+    }
 }
 
 /// A text of the guest's as one line of a log or an error message.
@@ -123,6 +177,20 @@ mod tests {
             lines.iter().map(String::len).collect::<Vec<_>>(),
             [MAX_LINE, MAX_LINE, 1]
         );
+    }
+
+    #[test]
+    fn who_says_too_much_is_left_out_until_time_has_passed() {
+        let start = Instant::now();
+        let mut allowance = Allowance::new(start);
+        assert!((0..LINES_AT_ONCE).all(|_| allowance.take(start)));
+        assert!(!allowance.take(start));
+        assert!(!allowance.take(start + INTERVAL / 2));
+        assert!(allowance.take(start + INTERVAL));
+        assert!(!allowance.take(start + INTERVAL));
+        let much_later = start + INTERVAL * 2 * LINES_AT_ONCE;
+        assert!((0..LINES_AT_ONCE).all(|_| allowance.take(much_later)));
+        assert!(!allowance.take(much_later));
     }
 
     #[tokio::test]

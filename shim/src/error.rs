@@ -177,6 +177,11 @@ impl Error {
             | Self::Connect { .. } => Code::UNKNOWN,
             Self::BootTimeout { .. } | Self::AgentTimeout { .. } => Code::DEADLINE_EXCEEDED,
             Self::VmEnded(_) | Self::AgentGone { .. } | Self::Abandoned => Code::UNAVAILABLE,
+            // A runtime that fails, as runc's shim tells it.
+            Self::Agent {
+                code: Code::INTERNAL,
+                ..
+            } => Code::UNKNOWN,
             Self::Agent { code, .. } => *code,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
         }
@@ -253,5 +258,11 @@ mod tests {
             message: "not running".into(),
         });
         assert_eq!(code, Code::FAILED_PRECONDITION);
+        let (code, _) = status(Error::Agent {
+            verb: "CreateContainer",
+            code: Code::INTERNAL,
+            message: "no such program".into(),
+        });
+        assert_eq!(code, Code::UNKNOWN);
     }
 }

@@ -28,6 +28,8 @@ const GUEST_OVERHEAD_MIB: u64 = 128;
 pub(crate) struct Divided {
     /// For the agent.
     pub(crate) guest: Spec,
+    /// The folder of the root file system on the host where containerd mounts none, relative to the bundle.
+    pub(crate) root: PathBuf,
     /// To be mounted below the container's share, the n-th at `mounts/<n>`.
     pub(crate) binds: Vec<Bind>,
     /// To be run by the shim.
@@ -72,6 +74,7 @@ pub(crate) fn divide(mut spec: Spec, id: &str) -> Result<Divided, Error> {
         .root()
         .clone()
         .ok_or_else(|| Error::UnsupportedSpec("has no root".to_owned()))?;
+    let host_root = root.path().clone();
     root.set_path(share.join(ROOTFS));
     spec.set_root(Some(root));
 
@@ -97,6 +100,7 @@ pub(crate) fn divide(mut spec: Spec, id: &str) -> Result<Divided, Error> {
     }
     Ok(Divided {
         guest: spec,
+        root: host_root,
         binds,
         hooks,
     })
@@ -270,7 +274,9 @@ mod tests {
 
     #[test]
     fn root_points_into_the_share_and_stays_read_only() {
-        let guest = guest_json(&divide(spec(json!({})), "x").unwrap());
+        let divided = divide(spec(json!({})), "x").unwrap();
+        assert_eq!(divided.root, Path::new("rootfs"));
+        let guest = guest_json(&divided);
         assert_eq!(
             guest["root"],
             json!({"path": "/run/husk/share/x/rootfs", "readonly": true})

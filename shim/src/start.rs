@@ -75,6 +75,9 @@ const MAX_OPTIONS: u64 = 10 << 20;
 /// How long containerd may take for the last events.
 const FLUSH_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long requests may take to be answered when the shim ends.
+const SERVER_LIMIT: Duration = Duration::from_secs(1);
+
 /// An error of an action: printed once, by `main`.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
@@ -370,15 +373,18 @@ fn serve(flags: &Flags) -> Result<(), StartError> {
         .enable_all()
         .build()
         .map_err(StartError::Runtime)?;
+    let socket = UnixListener::from(socket);
+    // Not from the bundle's file, which containerd may remove before the shim has ended.
+    let path = socket.local_addr().map_err(StartError::Runtime)?;
     let served = runtime.block_on(async {
         let events = Events::new(&events_address, &flags.namespace);
         let sandbox = Sandbox::new(&flags.namespace, share, events);
-        serve_until_shutdown(UnixListener::from(socket), sandbox).await
+        serve_until_shutdown(socket, sandbox).await
     });
     // A file that is being opened or unmounted must not keep the process.
     runtime.shutdown_background();
-    if let Ok(address) = fs::read_to_string(ADDRESS_FILE) {
-        remove_file(socket_path(&address));
+    if let Some(path) = path.as_pathname() {
+        remove_file(path);
     }
     served
 }
@@ -405,8 +411,11 @@ async fn serve_until_shutdown(
         vm.stop().await;
     }
     sandbox.events().flush(FLUSH_LIMIT).await;
-    if let Err(err) = server.shutdown().await {
-        warn!("the server does not end in order: {err}");
+    // It waits for every request, and one of `Wait` may be for an exec that was never started.
+    match tokio::time::timeout(SERVER_LIMIT, server.shutdown()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(err)) => warn!("the server does not end in order: {err}"),
+        Err(_) => info!("requests are left without an answer"),
     }
     Ok(())
 }

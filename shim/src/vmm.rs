@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
 use husk_vmm::config::VmConfig;
@@ -29,6 +30,9 @@ pub(crate) const WORKER_ROLE: &str = "vmm-worker";
 
 /// The descriptor on which a worker finds its control socket.
 pub(crate) const WORKER_SOCKET: i32 = 3;
+
+/// How long a guest may take to accept a connection: long, since it can be busy; not for ever, since it can be hostile.
+const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 
 type Answer = Result<(Reply, Vec<OwnedFd>), String>;
 
@@ -109,7 +113,10 @@ impl Worker {
     /// Opens a vsock connection to `port` of the guest; also returns the host's port of it.
     pub(crate) async fn connect_vsock(&self, port: u32) -> Result<(u32, UnixStream), Error> {
         let failed = |message: String| Error::Connect { port, message };
-        match self.call(Call::VsockConnect { port }, &[]).await? {
+        let answer =
+            tokio::time::timeout(CONNECT_LIMIT, self.call(Call::VsockConnect { port }, &[]));
+        let no_answer = |_| failed(format!("no answer within {} s", CONNECT_LIMIT.as_secs()));
+        match answer.await.map_err(no_answer)?? {
             Ok((Reply::VsockConnected { local_port }, fds)) => {
                 let [fd] = <[OwnedFd; 1]>::try_from(fds)
                     .map_err(|fds| failed(format!("{} descriptors arrived", fds.len())))?;

@@ -2,7 +2,7 @@
 //! the real protocols over socket pairs. No VM can run where unit tests do; `ci/e2e` has the real ones.
 
 use std::collections::HashMap as Map;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream as StdStream};
 use std::path::Path;
 use std::sync::Mutex;
@@ -37,10 +37,13 @@ use crate::vmm::Worker;
 
 const PID: u32 = 4711;
 
+/// The exit status of a process by container and exec id, once it has ended.
+type Exits = Map<(String, String), watch::Sender<Option<u32>>>;
+
 /// The guest's side: processes that end when they are killed, with 128 + signal.
 #[derive(Default)]
 struct FakeAgent {
-    exits: Mutex<Map<(String, String), watch::Sender<Option<u32>>>>,
+    exits: Mutex<Exits>,
     calls: Mutex<Vec<String>>,
 }
 
@@ -183,7 +186,7 @@ fn fake_worker() -> Worker {
             control::send(&theirs, &reply, &[host.as_fd()]).unwrap();
         }
     });
-    Worker::connect(OwnedFd::from(ours)).unwrap().0
+    Worker::connect(ours).unwrap().0
 }
 
 async fn serve(listener: UnixListener, services: HashMap<String, Service>) -> Server {

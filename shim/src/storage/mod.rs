@@ -83,12 +83,13 @@ impl Share {
         self.root.join("staging")
     }
 
-    /// Puts together what container `id` sees, for [`ContainerStorage::publish`]. On failure nothing is left.
+    /// Puts together what container `id` sees, for [`ContainerStorage::publish`]: its root file system is `rootfs`, or
+    /// the folder `root` if that is empty. On failure nothing is left.
     pub(crate) async fn prepare(
         &self,
         id: &str,
         rootfs: Vec<Mount>,
-        bundle: PathBuf,
+        root: PathBuf,
         binds: Vec<Bind>,
     ) -> Result<ContainerStorage, Error> {
         let storage = ContainerStorage {
@@ -98,7 +99,7 @@ impl Share {
         };
         let work = move || {
             // Dropped on failure, which undoes what was done.
-            storage.build(&rootfs, &bundle, &binds)?;
+            storage.build(&rootfs, &root, &binds)?;
             Ok(storage)
         };
         match tokio::task::spawn_blocking(work).await {
@@ -141,7 +142,7 @@ impl ContainerStorage {
         }
     }
 
-    fn build(&self, rootfs: &[Mount], bundle: &Path, binds: &[Bind]) -> Result<(), Error> {
+    fn build(&self, rootfs: &[Mount], root: &Path, binds: &[Bind]) -> Result<(), Error> {
         for folder in [&self.staging, &self.point] {
             std::fs::create_dir(folder).map_err(failed("create folder", folder))?;
         }
@@ -151,7 +152,7 @@ impl ContainerStorage {
 
         let target = self.staging.join(ROOTFS);
         std::fs::create_dir(&target).map_err(failed("create folder", &target))?;
-        rootfs::mount(rootfs, bundle, &target)?;
+        rootfs::mount(rootfs, root, &target)?;
 
         let mounts = self.staging.join(MOUNTS);
         std::fs::create_dir(&mounts).map_err(failed("create folder", &mounts))?;

@@ -7,14 +7,12 @@ use containerd_shim::protos::api::Mount;
 
 use super::{bind_mount, failed};
 use crate::error::Error;
-use crate::spec::ROOTFS;
 
-/// Mounts the root file system at `target`, an empty folder: `mounts` on top of each other, or else the folder `rootfs`
-/// of the bundle.
-pub(super) fn mount(mounts: &[Mount], bundle: &Path, target: &Path) -> Result<(), Error> {
+/// Mounts the root file system at `target`, an empty folder: `mounts` on top of each other, or else `folder`, which the
+/// OCI configuration names.
+pub(super) fn mount(mounts: &[Mount], folder: &Path, target: &Path) -> Result<(), Error> {
     if mounts.is_empty() {
-        let folder = bundle.join(ROOTFS);
-        return bind_mount(&folder, target, true).map_err(failed("bind rootfs", &folder));
+        return bind_mount(folder, target, true).map_err(failed("bind rootfs", folder));
     }
     for (component, mount) in mounts.iter().enumerate() {
         let not_empty = |text: &'_ str| (!text.is_empty()).then(|| text.to_owned());

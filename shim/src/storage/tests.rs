@@ -31,10 +31,10 @@ fn storage(share: &Share, id: &str) -> ContainerStorage {
     }
 }
 
-fn bundle(dir: &Path) -> PathBuf {
-    let bundle = dir.join("bundle");
-    fs::create_dir_all(bundle.join("rootfs/etc")).unwrap();
-    bundle
+fn root(dir: &Path) -> PathBuf {
+    let root = dir.join("bundle/rootfs");
+    fs::create_dir_all(root.join("etc")).unwrap();
+    root
 }
 
 fn bind(source: &Path, read_only: bool) -> Bind {
@@ -74,7 +74,7 @@ fn container_appears_whole_and_leaves_nothing() {
 
         let storage = storage(share, "x");
         let binds = [bind(&folder, false), bind(&file, true)];
-        storage.build(&[], &bundle(dir), &binds).unwrap();
+        storage.build(&[], &root(dir), &binds).unwrap();
         storage.publish().unwrap();
         let container = share.exported().join("x");
         assert_eq!(names(&container), ["mounts", "rootfs"]);
@@ -100,7 +100,7 @@ fn container_appears_whole_and_leaves_nothing() {
 fn guest_can_write_to_mounts_only() {
     with_share(|share, dir| {
         let storage = storage(share, "x");
-        storage.build(&[], &bundle(dir), &[]).unwrap();
+        storage.build(&[], &root(dir), &[]).unwrap();
         storage.publish().unwrap();
         for folder in [share.exported(), share.exported().join("x")] {
             let err = fs::write(folder.join("new"), "").unwrap_err();
@@ -116,7 +116,7 @@ fn failure_half_way_leaves_nothing() {
         let before = mounts_below(&share.root);
         let storage = storage(share, "x");
         let err = storage
-            .build(&[], &bundle(dir), &[bind(Path::new("/absent"), false)])
+            .build(&[], &root(dir), &[bind(Path::new("/absent"), false)])
             .unwrap_err();
         assert!(
             err.chain()
@@ -147,9 +147,7 @@ fn rootfs_mounts_of_containerd_are_done_in_order() {
             ..Mount::default()
         };
         let storage = storage(share, "x");
-        storage
-            .build(&[component, tmpfs], &bundle(dir), &[])
-            .unwrap();
+        storage.build(&[component, tmpfs], &root(dir), &[]).unwrap();
         storage.publish().unwrap();
         let rootfs = share.exported().join("x/rootfs");
         assert!(fs::write(rootfs.join("new"), "").is_err());
@@ -171,7 +169,7 @@ fn rootfs_that_cannot_be_mounted_is_told() {
             ..Mount::default()
         };
         let err = storage(share, "x")
-            .build(&[component], &bundle(dir), &[])
+            .build(&[component], &root(dir), &[])
             .unwrap_err();
         assert!(
             err.chain()
@@ -202,7 +200,7 @@ fn later_container_reaches_a_slave_namespace_with_its_flags() {
         is_ready.recv().unwrap();
         let storage = storage(&share, "x");
         storage
-            .build(&[], &bundle(&dir), &[bind(&file, true)])
+            .build(&[], &root(&dir), &[bind(&file, true)])
             .unwrap();
         storage.publish().unwrap();
         ask.send(()).unwrap();

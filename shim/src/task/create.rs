@@ -77,6 +77,7 @@ impl Sandbox {
         let own_pid_namespace = has_own_pid_namespace(&spec);
         let Divided {
             guest,
+            root,
             binds,
             hooks,
         } = spec::divide(spec, &request.id)?;
@@ -86,8 +87,12 @@ impl Sandbox {
         let first = self.running_vm().is_none();
         let (vm, storage, ends) = tokio::join!(
             self.vm(config.vm(), size),
-            self.share()
-                .prepare(&request.id, request.rootfs, request.bundle.clone(), binds),
+            self.share().prepare(
+                &request.id,
+                request.rootfs,
+                request.bundle.join(root),
+                binds
+            ),
             streams::open(&request.stdio, self.log_identity(&request.id)),
         );
         let (vm, storage, ends) = (vm?, storage?, ends?);
