@@ -20,9 +20,9 @@ pub(crate) enum Error {
     ProcessNotFound { id: String, exec_id: String },
     #[error("process already finished")]
     ProcessFinished,
-    #[error("container {id} already exists")]
+    #[error("container {id}")]
     ContainerExists { id: String },
-    #[error("id {exec_id} already exists")]
+    #[error("id {exec_id}")]
     ProcessExists { exec_id: String },
     #[error("container {id} init process is not running")]
     InitNotRunning { id: String },
@@ -137,7 +137,7 @@ pub(crate) enum Error {
     },
     #[error("the sandbox is shutting down")]
     Abandoned,
-    #[error("{0} is not implemented")]
+    #[error("cannot {0}")]
     Unimplemented(&'static str),
 }
 
@@ -214,7 +214,21 @@ fn describe(err: &(dyn std::error::Error + 'static)) -> String {
 
 impl From<Error> for ttrpc::Error {
     fn from(err: Error) -> Self {
-        get_rpc_status(err.code(), err.chain())
+        let code = err.code();
+        get_rpc_status(code, format!("{}{}", err.chain(), class(code)))
+    }
+}
+
+/// How the message of an error of this class ends where Go made it: clients of containerd 2 print no more than the
+/// message, and those of containerd 1 take it off before they add their own.
+fn class(code: Code) -> &'static str {
+    match code {
+        Code::NOT_FOUND => ": not found",
+        Code::ALREADY_EXISTS => ": already exists",
+        Code::FAILED_PRECONDITION => ": failed precondition",
+        Code::INVALID_ARGUMENT => ": invalid argument",
+        Code::UNIMPLEMENTED => ": not implemented",
+        _ => "",
     }
 }
 
@@ -233,7 +247,7 @@ mod tests {
     fn unknown_container_is_not_found() {
         let (code, message) = status(Error::ContainerNotFound { id: "x".into() });
         assert_eq!(code, Code::NOT_FOUND);
-        assert_eq!(message, "container x does not exist");
+        assert_eq!(message, "container x does not exist: not found");
     }
 
     #[test]

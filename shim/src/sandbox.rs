@@ -144,6 +144,11 @@ impl Sandbox {
             .any(|slot| matches!(slot, Slot::Created(_)))
     }
 
+    /// Whether there is no container but `id`, nor is one being created.
+    pub(crate) fn has_no_other(&self, id: &str) -> bool {
+        lock(&self.containers).keys().all(|other| other == id)
+    }
+
     /// Makes those that are creating containers give up.
     pub(crate) fn abandon(&self) {
         self.abandoned.send_replace(true);

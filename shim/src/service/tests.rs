@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream as StdStream};
 use std::path::Path;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use containerd_shim::protos::events::task::TaskExit;
@@ -45,6 +46,8 @@ type Exits = Map<(String, String), watch::Sender<Option<u32>>>;
 struct FakeAgent {
     exits: Mutex<Exits>,
     calls: Mutex<Vec<String>>,
+    /// Takes signals and does nothing.
+    deaf: AtomicBool,
 }
 
 impl FakeAgent {
@@ -119,8 +122,10 @@ impl AgentService for FakeAgent {
         _: &TtrpcContext,
         req: agent::SignalProcessRequest,
     ) -> TtrpcResult<agent::Empty> {
-        self.exit(&req.container_id, &req.exec_id)
-            .send_replace(Some(128 + req.signal));
+        if !self.deaf.load(Ordering::Relaxed) {
+            self.exit(&req.container_id, &req.exec_id)
+                .send_replace(Some(128 + req.signal));
+        }
         self.called(format!("signal {} {}", req.signal, req.exec_id))
     }
 
@@ -203,6 +208,7 @@ struct Fixture {
     task: TaskClient,
     agent: Arc<FakeAgent>,
     sandbox: Arc<Sandbox>,
+    worker: Worker,
     end: watch::Sender<Option<Arc<str>>>,
     events: mpsc::UnboundedReceiver<Envelope>,
     _servers: Vec<Server>,
@@ -223,8 +229,9 @@ impl Fixture {
         let containerd_server = serve(bind("events"), containerd).await;
 
         let (end, vm_end) = End::channel();
+        let worker = fake_worker();
         let vm = Arc::new(Vm::fake(
-            fake_worker(),
+            worker.clone(),
             Agent::new(stream, vm_end.clone()),
             vm_end,
             PID,
@@ -255,6 +262,7 @@ impl Fixture {
             task: TaskClient::new(Client::new(Socket::from(stream))),
             agent,
             sandbox,
+            worker,
             end,
             events,
             _servers: vec![agent_server, containerd_server, task_server],
@@ -576,6 +584,23 @@ async fn created_container_is_killed_by_delete() {
             .unwrap()
             .contains(&"remove x".to_owned())
     );
+}
+
+#[tokio::test]
+async fn vm_of_a_container_that_outlives_sigkill_is_ended() {
+    let fixture = Fixture::new().await;
+    fixture.start("").await.unwrap();
+    fixture.agent.deaf.store(true, Ordering::Relaxed);
+    fixture.kill("", 9).await.unwrap();
+    fixture.worker.connect_vsock(1).await.unwrap();
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(31)).await;
+    tokio::time::resume();
+    while fixture.worker.connect_vsock(1).await.is_ok() {}
+    fixture
+        .end
+        .send_replace(Some(Arc::from("it was shut down")));
+    assert_eq!(fixture.wait("").await.unwrap().exit_status, 137);
 }
 
 #[tokio::test]

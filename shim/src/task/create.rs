@@ -38,7 +38,7 @@ impl Sandbox {
     /// Creates a container and returns the pid of its VM's worker. On failure nothing is left.
     pub(crate) async fn create(self: &Arc<Self>, request: Create) -> Result<u32, Error> {
         if !request.checkpoint.is_empty() {
-            return Err(Error::Unimplemented("creating a task from a checkpoint"));
+            return Err(Error::Unimplemented("create a task from a checkpoint"));
         }
         check_id(&request.id)?;
         let reservation = self.reserve(&request.id)?;

@@ -1,13 +1,25 @@
 //! `Kill`: sends a signal to a process, or to all of a container.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use log::warn;
+
+use crate::container::Container;
 use crate::error::Error;
 use crate::process::ProcessState;
 use crate::sandbox::Sandbox;
 
+/// SIGKILL.
+const KILL: u32 = 9;
+
+/// How long a container may outlive SIGKILL: as long as the system calls that its processes are in.
+const OBEY_LIMIT: Duration = Duration::from_secs(30);
+
 impl Sandbox {
     /// Sends `signal`. An ended process is `NotFound`, as with runc.
     pub(crate) async fn kill(
-        &self,
+        self: &Arc<Self>,
         id: &str,
         exec_id: &str,
         signal: u32,
@@ -24,6 +36,9 @@ impl Sandbox {
             }
             ProcessState::Created | ProcessState::Starting | ProcessState::Running => {}
         }
+        if signal == KILL && !is_exec {
+            self.insist(container.clone());
+        }
         let target = container.target(&process);
         let agent = container.vm().agent();
         match agent.signal_process(&target, signal, all && !is_exec).await {
@@ -31,5 +46,18 @@ impl Sandbox {
             Err(Error::VmEnded(_)) => Err(Error::ProcessFinished),
             result => result,
         }
+    }
+
+    /// Ends the VM if its only container does not end although it is killed: the guest, which is asked to do that, may
+    /// be stuck or hostile, and nobody else could get rid of it.
+    fn insist(self: &Arc<Self>, container: Arc<Container>) {
+        let sandbox = self.clone();
+        tokio::spawn(async move {
+            let ended = tokio::time::timeout(OBEY_LIMIT, container.init().wait()).await;
+            if ended.is_err() && sandbox.has_no_other(container.id()) {
+                warn!("{} outlives SIGKILL, so its VM is ended", container.id());
+                container.vm().stop().await;
+            }
+        });
     }
 }
