@@ -235,6 +235,11 @@ impl Containers {
     ) -> Result<Process> {
         let init_pid = container.init.pid();
         let root = PathBuf::from(format!("/proc/{init_pid}/root"));
+        if !spec::has_folder(&root, process.cwd()) {
+            return Err(Error::NoFolder {
+                path: process.cwd().display().to_string(),
+            });
+        }
         let first = container.spec.process().as_ref();
         spec::prepare_process(process, request.terminal, &root, first);
         let name = format!(

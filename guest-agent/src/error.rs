@@ -40,6 +40,9 @@ pub(crate) enum Error {
     Invalid(String),
     #[error("device {path} does not exist in the guest")]
     NoDevice { path: String },
+    /// The working directory of an exec, which, other than that of the first process, is not made.
+    #[error("working directory {path}: no such file or directory in the container")]
+    NoFolder { path: String },
     #[error("no connection for a standard stream came from port {port} within {seconds} s")]
     NoStream { port: u32, seconds: u64 },
     /// What the process that builds containers, or the program's own start, reported.
@@ -75,9 +78,10 @@ impl Error {
             Self::WrongState { .. } | Self::StillRunning { .. } | Self::NoTerminal { .. } => {
                 Code::FAILED_PRECONDITION
             }
-            Self::Malformed { .. } | Self::Invalid(_) | Self::NoDevice { .. } => {
-                Code::INVALID_ARGUMENT
-            }
+            Self::Malformed { .. }
+            | Self::Invalid(_)
+            | Self::NoDevice { .. }
+            | Self::NoFolder { .. } => Code::INVALID_ARGUMENT,
             Self::NoStream { .. }
             | Self::Launch(_)
             | Self::Cgroup { .. }

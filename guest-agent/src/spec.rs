@@ -91,6 +91,14 @@ pub(crate) fn prepare_process(
     set_home(process, root);
 }
 
+/// Whether the folder `path` exists below `root`, as the container would resolve it.
+pub(crate) fn has_folder(root: &Path, path: &Path) -> bool {
+    Root::open(root)
+        .and_then(|root| root.resolve(path))
+        .and_then(|handle| handle.reopen(OpenFlags::O_DIRECTORY | OpenFlags::O_CLOEXEC))
+        .is_ok()
+}
+
 /// HOME as runc sets it. libcontainer would ask glibc, whose name service of a static program loads libraries from the
 /// container.
 fn set_home(process: &mut Process, root: &Path) {
@@ -336,6 +344,17 @@ mod tests {
         forbid_swap(&mut resources);
         let unified = resources.unified().as_ref().expect("set");
         assert_eq!(unified["memory.swap.max"], "0");
+    }
+
+    #[test]
+    fn folder_is_resolved_as_the_container_does() {
+        let root = tempfile::tempdir().expect("a folder");
+        fs::create_dir(root.path().join("inside")).expect("a folder in it");
+        std::os::unix::fs::symlink("/inside", root.path().join("link")).expect("a link");
+        fs::write(root.path().join("file"), "").expect("a file");
+        assert!(has_folder(root.path(), Path::new("/link")));
+        assert!(!has_folder(root.path(), Path::new("/file")));
+        assert!(!has_folder(root.path(), root.path()));
     }
 
     #[test]
