@@ -248,7 +248,7 @@ def traces():
         "cgroups": cgroups,
         "sockets": sockets,
         "network devices": set(os.listdir("/sys/class/net")),
-        "files": set().union(*(tree(folder) for folder in FOLDERS)) - standing | set(os.listdir("/tmp")),
+        "files": set().union(*(tree(folder) for folder in FOLDERS)) - standing,
     }
 
 
