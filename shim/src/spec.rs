@@ -19,7 +19,7 @@ pub(crate) const ROOTFS: &str = "rootfs";
 /// Where in the shared folder of a container its bind mounts are, numbered.
 pub(crate) const MOUNTS: &str = "mounts";
 
-/// Added to a container's memory limit where the limit decides the VM's size: the guest's kernel, its page tables and
+/// Added to a container's memory limit for the least size of its VM: the guest's kernel, its page tables and
 /// the agent live in the same memory, and must not make the limit unreachable.
 const GUEST_OVERHEAD_MIB: u64 = 128;
 
@@ -150,12 +150,11 @@ pub(crate) fn vm_size(spec: &Spec, config: &husk_config::Vm, host_cpus: u8) -> V
         .and_then(|memory| memory.limit())
         .and_then(|limit| u64::try_from(limit).ok())
         .map(|bytes| bytes.div_ceil(1 << 20));
-    let memory_mib = match limit_mib {
-        Some(mib) if mib > config.memory_mib().into() => {
-            u32::try_from(mib.saturating_add(GUEST_OVERHEAD_MIB)).unwrap_or(u32::MAX)
-        }
-        _ => config.memory_mib(),
-    };
+    let memory_mib = limit_mib.map_or(config.memory_mib(), |mib| {
+        u32::try_from(mib.saturating_add(GUEST_OVERHEAD_MIB))
+            .unwrap_or(u32::MAX)
+            .max(config.memory_mib())
+    });
 
     let wanted_cpus = resources
         .and_then(|resources| resources.cpu().as_ref())
@@ -413,6 +412,11 @@ mod tests {
         assert_eq!(sized(&json!({}), 8), default);
         assert_eq!(sized(&json!({"memory": {"limit": 64 << 20}}), 8), default);
         assert_eq!(sized(&json!({"memory": {"limit": -1}}), 8), default);
+        // All of the default would be for the container, and nothing for the guest.
+        assert_eq!(
+            sized(&json!({"memory": {"limit": 512 << 20}}), 8).memory_mib,
+            512 + 128
+        );
         assert_eq!(
             sized(&json!({"memory": {"limit": 1u64 << 30}}), 8),
             VmSize {
