@@ -224,10 +224,15 @@ fn drop_host_linux(linux: &mut Linux) -> Result<(), Error> {
     if let Some(resources) = linux.resources_mut() {
         drop_host_resources(resources);
     }
-    if let Some(seccomp) = linux.seccomp_mut() {
-        // A socket of the host to which the runtime would pass the notification descriptor.
-        seccomp.set_listener_path(None);
-        seccomp.set_listener_metadata(None);
+    if let Some(path) = linux
+        .seccomp()
+        .as_ref()
+        .and_then(|seccomp| seccomp.listener_path().as_ref())
+    {
+        return Err(Error::UnsupportedSpec(format!(
+            "names {} of the host as seccomp listener, to which a guest cannot pass descriptors",
+            path.display()
+        )));
     }
     // The agent chooses the place in the guest's hierarchy.
     linux.set_cgroups_path(None);
@@ -365,6 +370,13 @@ mod tests {
         )
         .unwrap_err();
         assert!(err.to_string().contains("/proc/1/ns/pid"), "{err}");
+    }
+
+    #[test]
+    fn seccomp_listener_of_the_host_is_refused() {
+        let seccomp = json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/listener"});
+        let err = divide(spec(json!({"linux": {"seccomp": seccomp}})), "x").unwrap_err();
+        assert!(err.to_string().contains("/run/listener"), "{err}");
     }
 
     #[test]
