@@ -63,6 +63,7 @@ impl Sandbox {
             });
         }
         exec.process.begin_start()?;
+        let size = exec.process.tty_size();
         if let Err(err) = self.run_exec(container, &exec).await {
             let exit = Exit::now(NOT_STARTED);
             exec.process.not_started(ProcessState::Stopped(exit));
@@ -76,6 +77,13 @@ impl Sandbox {
         });
         exec.process.started();
         self.watch_exit(container.clone(), exec.process.clone());
+        if exec.process.tty_size() != size {
+            // Resized while it started, which may have been too late for the start.
+            let size = exec.process.tty_size();
+            if let Err(err) = self.resize_pty(container.id(), exec_id, size).await {
+                debug!("terminal of {exec_id} is not resized: {}", err.chain());
+            }
+        }
         Ok(())
     }
 
