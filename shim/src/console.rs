@@ -101,6 +101,9 @@ pub(crate) async fn follow(mut source: impl AsyncRead + Unpin, name: &str, last:
         }
     }
     emit(&mut line);
+    if left_out > 0 {
+        warn!("{name}: the last {left_out} lines were left out");
+    }
 }
 
 /// How many lines may be logged: [`LINES_AT_ONCE`], and one more each [`INTERVAL`] after they were used.
