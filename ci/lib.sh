@@ -128,6 +128,17 @@ need_rust() {
         die "Rust $found is too old: husk needs $wanted or newer"
 }
 
+# need_rust_component COMPONENT - a part of the toolchain that the smallest installation lacks: clippy, rustfmt.
+need_rust_component() {
+    local command=${1#rust}
+    need_rust
+    if ! cargo "$command" --version >/dev/null 2>&1; then
+        command -v rustup >/dev/null || die "the Rust toolchain has no $1"
+        say "adding $1 to the Rust toolchain"
+        rustup component add "$1" >&2
+    fi
+}
+
 # --- Debian packages -------------------------------------------------------------------------
 
 # debian_mirror - prints the address of the Debian archive that this machine itself uses.
