@@ -15,9 +15,10 @@ use crate::layout::{CMDLINE_BASE, CMDLINE_MAX_LEN, SERIAL_PORTS};
 ///   serial port.
 /// - `panic=-1`: a panic ends the VM at once, in case the guest's kernel has no driver for the panic notifier.
 /// - `reboot=acpi`: by the reset register, before any other way is tried.
+/// - `dummy.numdummies=0`: a built-in driver of dummy network devices makes one that nobody has asked for.
 fn defaults() -> String {
     format!(
-        "quiet console=hvc0 earlycon=uart8250,io,{:#x} panic=-1 reboot=acpi",
+        "quiet console=hvc0 earlycon=uart8250,io,{:#x} panic=-1 reboot=acpi dummy.numdummies=0",
         SERIAL_PORTS.start
     )
 }
