@@ -139,7 +139,7 @@ pub(crate) fn drop_host_resources(resources: &mut LinuxResources) {
 }
 
 /// The size for a VM whose first container is `spec`: never smaller than configured, never more vCPUs than the host has.
-pub(crate) fn vm_size(spec: &Spec, config: &husk_config::Vm, host_cpus: u8) -> VmSize {
+pub(crate) fn vm_size(spec: &Spec, config: &husk_config::Vm, host: VmSize) -> VmSize {
     let resources = spec
         .linux()
         .as_ref()
@@ -153,6 +153,7 @@ pub(crate) fn vm_size(spec: &Spec, config: &husk_config::Vm, host_cpus: u8) -> V
     let memory_mib = limit_mib.map_or(config.memory_mib(), |mib| {
         u32::try_from(mib.saturating_add(GUEST_OVERHEAD_MIB))
             .unwrap_or(u32::MAX)
+            .min(host.memory_mib)
             .max(config.memory_mib())
     });
 
@@ -164,7 +165,7 @@ pub(crate) fn vm_size(spec: &Spec, config: &husk_config::Vm, host_cpus: u8) -> V
             Some(u8::try_from(quota.div_ceil(period)).unwrap_or(u8::MAX))
         })
         .unwrap_or(0);
-    let vcpus = wanted_cpus.min(host_cpus).max(config.vcpus());
+    let vcpus = wanted_cpus.min(host.vcpus).max(config.vcpus());
     VmSize { vcpus, memory_mib }
 }
 
@@ -411,7 +412,10 @@ mod tests {
         vm_size(
             &spec(json!({"linux": {"resources": resources}})),
             config.vm(),
-            host_cpus,
+            VmSize {
+                vcpus: host_cpus,
+                memory_mib: 8192,
+            },
         )
     }
 
@@ -435,6 +439,11 @@ mod tests {
                 vcpus: 1,
                 memory_mib: 1024 + 128
             }
+        );
+        // What some clients send for "no limit".
+        assert_eq!(
+            sized(&json!({"memory": {"limit": i64::MAX - 4095}}), 8).memory_mib,
+            8192
         );
         assert_eq!(
             sized(&json!({"cpu": {"quota": 250_000, "period": 100_000}}), 8),

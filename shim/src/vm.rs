@@ -127,13 +127,14 @@ impl Vm {
             ready_port: READY_PORT,
         };
         let files = [kernel.as_fd(), initramfs.as_fd(), console_writer.as_fd()];
-        let booted = starting.boot(vm_config, &files).await;
+        let limit = config.boot_timeout();
+        let booted = starting.boot(vm_config, &files, limit).await;
         // The worker has its copies.
         drop((kernel, initramfs, console_writer));
         let started = async {
             booted?;
             let booted = Instant::now();
-            starting.ready(config.boot_timeout()).await?;
+            starting.ready(limit).await?;
             let ready = Instant::now();
             let stream = starting.connect_agent().await?;
             Ok((booted, ready, stream))
@@ -281,11 +282,26 @@ impl Starting {
         }
     }
 
-    async fn boot(&self, config: VmConfig, files: &[BorrowedFd<'_>]) -> Result<(), Error> {
-        match self.worker.0.boot(config, files).await {
+    async fn boot(
+        &self,
+        config: VmConfig,
+        files: &[BorrowedFd<'_>],
+        limit: Duration,
+    ) -> Result<(), Error> {
+        match tokio::time::timeout(limit, self.worker.0.boot(config, files)).await {
             // The worker died of it. Its exit status says more than the socket's.
-            Err(Error::WorkerSocket(_)) => Err(Error::VmEnded(self.end.wait().await.to_string())),
-            result => result,
+            Ok(Err(Error::WorkerSocket(_))) => {
+                Err(Error::VmEnded(self.end.wait().await.to_string()))
+            }
+            Ok(result) => result,
+            Err(_) => Err(self.too_late(limit)),
+        }
+    }
+
+    fn too_late(&self, limit: Duration) -> Error {
+        Error::BootTimeout {
+            limit,
+            console: self.console.epilogue("the guest's console"),
         }
     }
 
@@ -297,10 +313,7 @@ impl Starting {
         match ready {
             Ok(true) => Ok(()),
             Ok(false) => Err(Error::VmEnded(self.end.wait().await.to_string())),
-            Err(_) => Err(Error::BootTimeout {
-                limit,
-                console: self.console.epilogue("the guest's console"),
-            }),
+            Err(_) => Err(self.too_late(limit)),
         }
     }
 

@@ -77,6 +77,9 @@ pub(crate) fn spawn() -> Result<(Child, OwnedFd), Error> {
     // `command`, and with it our copy of the worker's end, is dropped here: else the end of the worker would not close
     // the socket.
     let child = command.spawn().map_err(Error::SpawnWorker)?;
+    // containerd protects its shims from the host's OOM killer. The VM is the workload: it must not be spared for it.
+    let pid = child.id().expect("not yet waited for");
+    std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0").map_err(Error::SpawnWorker)?;
     Ok((child, ours))
 }
 

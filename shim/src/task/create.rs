@@ -17,11 +17,13 @@ use crate::hooks::{self, HookState};
 use crate::options;
 use crate::process::{Process, TtySize};
 use crate::sandbox::Sandbox;
-use crate::spec::{self, Divided};
+use crate::spec::{self, Divided, VmSize};
 use crate::streams::{self, Ends, LogIdentity, Ports, Stdio};
 
 /// Written to the bundle, so that the `delete` action finds the worker of a shim that is gone.
 pub(crate) const WORKER_PID_FILE: &str = "worker.pid";
+
+const MEMINFO: &str = "/proc/meminfo";
 
 /// What containerd asks for.
 #[derive(Debug)]
@@ -72,7 +74,7 @@ impl Sandbox {
         let begin = Instant::now();
         let config = options::config(request.options.as_ref())?;
         let spec = load_spec(&request.bundle)?;
-        let size = spec::vm_size(&spec, config.vm(), host_cpus());
+        let size = spec::vm_size(&spec, config.vm(), host_size()?);
         let oci_version = spec.version().clone();
         let own_pid_namespace = has_own_pid_namespace(&spec);
         let Divided {
@@ -244,9 +246,25 @@ fn has_own_pid_namespace(spec: &Spec) -> bool {
         })
 }
 
-fn host_cpus() -> u8 {
-    std::thread::available_parallelism()
-        .map_or(1, |count| u8::try_from(count.get()).unwrap_or(u8::MAX))
+/// What the host has, which no VM exceeds for the sake of a container's limit.
+fn host_size() -> Result<VmSize, Error> {
+    let vcpus = std::thread::available_parallelism()
+        .map_or(1, |count| u8::try_from(count.get()).unwrap_or(u8::MAX));
+    let failed = |source| Error::Storage {
+        operation: "read",
+        path: MEMINFO.into(),
+        source,
+    };
+    let meminfo = std::fs::read_to_string(MEMINFO).map_err(failed)?;
+    let total_kib = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"))
+        .and_then(|total| total.parse::<u64>().ok())
+        .ok_or_else(|| failed(std::io::ErrorKind::InvalidData.into()))?;
+    Ok(VmSize {
+        vcpus,
+        memory_mib: u32::try_from(total_kib / 1024).unwrap_or(u32::MAX),
+    })
 }
 
 #[cfg(test)]
