@@ -233,8 +233,7 @@ impl Containers {
         request: StdioRequest,
         streams: Stdio,
     ) -> Result<Process> {
-        let init_pid = container.init.pid();
-        let root = PathBuf::from(format!("/proc/{init_pid}/root"));
+        let root = spec::root_of(container.init.pid());
         if !spec::has_folder(&root, process.cwd()) {
             return Err(Error::NoFolder {
                 path: process.cwd().display().to_string(),

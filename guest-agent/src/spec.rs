@@ -5,9 +5,10 @@
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::sys::resource::{Resource, getrlimit};
+use nix::unistd::Pid;
 use oci_spec::runtime::{
     Hooks, Linux, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
     PosixRlimitBuilder, PosixRlimitType, Process, Spec,
@@ -89,6 +90,11 @@ pub(crate) fn prepare_process(
     let inherited = container.and_then(Process::oom_score_adj);
     process.set_oom_score_adj(process.oom_score_adj().or(inherited).or(Some(0)));
     set_home(process, root);
+}
+
+/// The root of a process, as a folder: the entry of proc(5) itself is a link, which a [`Root`] does not follow.
+pub(crate) fn root_of(pid: Pid) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/root/."))
 }
 
 /// Whether the folder `path` exists below `root`, as the container would resolve it.
@@ -353,6 +359,9 @@ mod tests {
         std::os::unix::fs::symlink("/inside", root.path().join("link")).expect("a link");
         fs::write(root.path().join("file"), "").expect("a file");
         assert!(has_folder(root.path(), Path::new("/link")));
+        assert!(has_folder(root.path(), Path::new("/")));
+        let of_process = root_of(Pid::this());
+        assert!(has_folder(&of_process, Path::new("/usr")));
         assert!(!has_folder(root.path(), Path::new("/file")));
         assert!(!has_folder(root.path(), root.path()));
     }
