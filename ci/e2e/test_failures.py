@@ -12,6 +12,14 @@ from harness import IMAGE, RUNTIMES, Case, Events, children, processes, wait_unt
 CONFIG = "/etc/husk/husk.toml"
 
 
+def remove_fifos_of_ctr(process):
+    """The fifos of a container or exec, which its client has made: with runc they stay as well."""
+    for fifo in glob.glob(f"/run/containerd/fifo/*/{process}-*"):
+        os.unlink(fifo)
+        with contextlib.suppress(OSError):  # Not empty yet.
+            os.rmdir(os.path.dirname(fifo))
+
+
 class Requests(Case):
     """What both runtimes refuse."""
 
@@ -220,6 +228,8 @@ class Husk(Case):
             self.assertEqual(task.end(), 137)
             self.ctr("c", "rm", task.name, code=0)
             events.close()
+            # The one ctr that would remove them has detached.
+            remove_fifos_of_ctr("extra")
 
     def test_kill_of_the_shim_leaves_no_worker(self):
         with self.nothing_left():
@@ -229,11 +239,8 @@ class Husk(Case):
             wait_until(lambda: worker not in processes(), "the worker to end", timeout=10)
             wait_until(lambda: (task.row or (0, "STOPPED"))[1] != "RUNNING", "containerd to notice")
             self.remove(task.name)
-            # ctr made the fifos, and removes them with the task: here it finds none any more, with runc neither.
-            for fifo in glob.glob(f"/run/containerd/fifo/*/{task.name}-*"):
-                os.unlink(fifo)
-                with contextlib.suppress(OSError):  # Not empty yet.
-                    os.rmdir(os.path.dirname(fifo))
+            # ctr removes them with the task: here it finds none any more.
+            remove_fifos_of_ctr(task.name)
 
     def test_a_guest_that_panics_while_it_runs(self):
         with self.nothing_left():
