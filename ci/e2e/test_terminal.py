@@ -43,7 +43,9 @@ class TerminalTest(Case):
         self.assertEqual(terminal.wait(), 7)
 
     def test_control_d_ends_input(self):
-        terminal = self.terminal_container("sh", "-c", "cat; echo over; exit 5")
+        # What is typed before is echoed by ctr's own terminal, which it has not made raw yet.
+        terminal = self.terminal_container("sh", "-c", "echo ready; cat; echo over; exit 5")
+        terminal.expect("ready\r\n")
         terminal.type("line\n")
         terminal.expect("line\r\nline\r\n")
         terminal.type("\x04")
