@@ -13,7 +13,7 @@ CONFIG = "/etc/husk/husk.toml"
 
 
 def remove_fifos_of_ctr(process):
-    """The fifos of a container or exec, which its client has made: with runc they stay as well."""
+    """The fifos of a container or exec, which its client has made and is not there to remove."""
     for fifo in glob.glob(f"/run/containerd/fifo/*/{process}-*"):
         os.unlink(fifo)
         with contextlib.suppress(OSError):  # Not empty yet.
