@@ -1,7 +1,8 @@
 //! `husk.toml`: one file, one typed, checked [`Config`].
 //!
 //! The shim and the command-line tool read it; neither sees a value that has not been checked. Each key is written down
-//! once, in [`RawVm`], and checked once, in [`Vm::check`]; its reference is the configuration chapter of the book.
+//! once, in [`RawVm`] or [`RawNetwork`], and checked once, in [`Vm::check`] or [`Network::check`]; its reference is the
+//! configuration chapter of the book.
 
 #![forbid(unsafe_code)]
 
@@ -44,6 +45,7 @@ const KERNEL_PARAMS_MAX_LEN: usize = 1024;
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Config {
     vm: Vm,
+    network: Network,
 }
 
 /// The virtual machine of a pod, before anything that the pod itself asks for: the table `[vm]`.
@@ -55,6 +57,35 @@ pub struct Vm {
     vcpus: u8,
     memory_mib: u32,
     boot_timeout: Duration,
+}
+
+/// The network of a pod: the table `[network]`.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Network {
+    datapath: Datapath,
+    host_network: HostNetwork,
+}
+
+/// What carries packets between a tap of the host and the guest's virtio-net device.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub enum Datapath {
+    /// The host's kernel where it can, else the VM's worker process.
+    #[default]
+    Auto,
+    /// The host's kernel: /dev/vhost-net has to be there.
+    Vhost,
+    /// The VM's worker process.
+    Worker,
+}
+
+/// What becomes of a container that asks for the network of the host, which no VM can have.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub enum HostNetwork {
+    /// It is not created.
+    #[default]
+    Refuse,
+    /// It is created, without any network but its loopback interface.
+    Isolate,
 }
 
 impl Config {
@@ -97,6 +128,7 @@ impl Config {
             toml::from_str(text.as_str()).map_err(|err| text.not_understood(&err))?;
         Ok(Self {
             vm: Vm::check(raw.vm, &text)?,
+            network: Network::check(raw.network, &text)?,
         })
     }
 
@@ -104,6 +136,48 @@ impl Config {
     #[must_use]
     pub fn vm(&self) -> &Vm {
         &self.vm
+    }
+
+    /// The network.
+    #[must_use]
+    pub fn network(&self) -> Network {
+        self.network
+    }
+}
+
+impl Network {
+    /// What carries the packets.
+    #[must_use]
+    pub fn datapath(self) -> Datapath {
+        self.datapath
+    }
+
+    /// What becomes of a container that asks for the host's network.
+    #[must_use]
+    pub fn host_network(self) -> HostNetwork {
+        self.host_network
+    }
+
+    fn check(raw: RawNetwork, text: &Text<'_>) -> Result<Self, ConfigError> {
+        let datapaths = [
+            ("auto", Datapath::Auto),
+            ("vhost", Datapath::Vhost),
+            ("worker", Datapath::Worker),
+        ];
+        let host_networks = [
+            ("refuse", HostNetwork::Refuse),
+            ("isolate", HostNetwork::Isolate),
+        ];
+        Ok(Self {
+            datapath: check(text, "network.datapath", raw.datapath, |value| {
+                one_of(value, &datapaths)
+            })?
+            .unwrap_or_default(),
+            host_network: check(text, "network.host_network", raw.host_network, |value| {
+                one_of(value, &host_networks)
+            })?
+            .unwrap_or_default(),
+        })
     }
 }
 
@@ -188,6 +262,15 @@ impl Default for Vm {
 struct RawConfig {
     #[serde(default)]
     vm: RawVm,
+    #[serde(default)]
+    network: RawNetwork,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table of keys")]
+struct RawNetwork {
+    datapath: Option<Spanned<Value>>,
+    host_network: Option<Spanned<Value>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -236,6 +319,17 @@ fn kernel_params(value: &Value) -> Result<String, String> {
         .map(str::to_owned)
         .ok_or_else(|| {
             format!("a string of at most {KERNEL_PARAMS_MAX_LEN} printable ASCII characters")
+        })
+}
+
+fn one_of<T: Copy>(value: &Value, words: &[(&str, T)]) -> Result<T, String> {
+    words
+        .iter()
+        .find(|(word, _)| value.as_str() == Some(word))
+        .map(|&(_, meaning)| meaning)
+        .ok_or_else(|| {
+            let words: Vec<_> = words.iter().map(|(word, _)| format!("{word:?}")).collect();
+            format!("one of {}", words.join(", "))
         })
 }
 

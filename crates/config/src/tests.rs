@@ -29,6 +29,9 @@ fn every_key_is_read() {
         vcpus = 4
         memory_mib = 2048
         boot_timeout_s = 5
+        [network]
+        datapath = "vhost"
+        host_network = "isolate"
         "#,
     )
     .unwrap();
@@ -39,6 +42,9 @@ fn every_key_is_read() {
     assert_eq!(vm.vcpus(), 4);
     assert_eq!(vm.memory_mib(), 2048);
     assert_eq!(vm.boot_timeout(), Duration::from_secs(5));
+    let network = config.network();
+    assert_eq!(network.datapath(), Datapath::Vhost);
+    assert_eq!(network.host_network(), HostNetwork::Isolate);
 }
 
 #[test]
@@ -61,9 +67,9 @@ fn unknown_key_is_named_with_its_line_and_the_keys_there_are() {
 
 #[test]
 fn unknown_table_is_named_with_its_line() {
-    let err = parse("\n[network]\n").unwrap_err();
+    let err = parse("\n[storage]\n").unwrap_err();
     assert!(
-        err.starts_with("/etc/husk/husk.toml:2: unknown field `network`"),
+        err.starts_with("/etc/husk/husk.toml:2: unknown field `storage`"),
         "{err}"
     );
 }
@@ -75,6 +81,18 @@ fn value_out_of_range_is_named_with_its_line_and_the_range() {
             parse(&format!("[vm]\nmemory_mib = 512\nvcpus = {value}\n")).unwrap_err(),
             format!(
                 "/etc/husk/husk.toml:3: vm.vcpus is {value}; allowed is an integer from 1 to 255"
+            )
+        );
+    }
+}
+
+#[test]
+fn word_that_has_no_meaning_is_named_with_those_that_have() {
+    for value in ["\"Auto\"", "\"\"", "true"] {
+        assert_eq!(
+            parse(&format!("[network]\ndatapath = {value}\n")).unwrap_err(),
+            format!(
+                "/etc/husk/husk.toml:2: network.datapath is {value}; allowed is one of \"auto\", \"vhost\", \"worker\""
             )
         );
     }
