@@ -1,6 +1,7 @@
 //! The husk command-line tool: what an administrator of a node asks.
 
 mod check;
+mod node;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -25,20 +26,40 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
     },
+    /// Puts Husk on a node: programs, the guest's files, and the runtime handler in containerd's configuration.
+    ///
+    /// What is there already is left alone. containerd has to be restarted if its configuration has changed, which is
+    /// said.
+    Install {
+        /// The folder with the files: containerd-shim-husk-v2, husk, vmlinux and initramfs.cpio.
+        #[arg(long, value_name = "FOLDER")]
+        from: PathBuf,
+        /// Where the node's file system is, if not at /.
+        #[arg(long, value_name = "FOLDER", default_value = "/")]
+        root: PathBuf,
+    },
+    /// Takes away what `install` has put there. Drain the node before.
+    Uninstall {
+        /// Where the node's file system is, if not at /.
+        #[arg(long, value_name = "FOLDER", default_value = "/")]
+        root: PathBuf,
+    },
 }
 
 fn main() -> anyhow::Result<ExitCode> {
+    let out = &mut std::io::stdout().lock();
     match Cli::parse().command {
         Command::Check { config } => {
             let report = check::run(config.as_deref());
-            report.print(&mut std::io::stdout().lock())?;
-            Ok(if report.is_fit() {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            })
+            report.print(out)?;
+            if !report.is_fit() {
+                return Ok(ExitCode::FAILURE);
+            }
         }
+        Command::Install { from, root } => node::install(&from, &root, out)?,
+        Command::Uninstall { root } => node::uninstall(&root, out)?,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 #[cfg(test)]
