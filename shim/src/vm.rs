@@ -123,6 +123,7 @@ impl Vm {
                 path: share.to_owned(),
             }],
             disks: Vec::new(),
+            nics: Vec::new(),
             guest_cid: GUEST_CID,
             ready_port: READY_PORT,
         };

@@ -319,6 +319,7 @@ mod tests {
             kernel_params: String::new(),
             shares: Vec::new(),
             disks: Vec::new(),
+            nics: Vec::new(),
             guest_cid: 3,
             ready_port: 1024,
         };

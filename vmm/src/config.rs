@@ -4,10 +4,13 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
+use crate::control::MAX_FDS;
+
 /// The description of one virtual machine.
 ///
 /// Files are descriptors that arrive with the message, in this order: kernel, initramfs, console (written to by the
-/// worker, one line of the guest's console a line), one for each of `disks`.
+/// worker, one line of the guest's console a line), one for each of `disks`, then for each of `nics` its taps and, if it
+/// asks for them, its vhost-net devices (see [`NicConfig`]). At most [`MAX_FDS`] in all.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
@@ -21,6 +24,8 @@ pub struct VmConfig {
     pub shares: Vec<ShareConfig>,
     /// The virtio-blk devices; the n-th takes the n-th descriptor after the console's.
     pub disks: Vec<DiskConfig>,
+    /// The virtio-net devices.
+    pub nics: Vec<NicConfig>,
     /// Context identifier of the guest on its vsock device, 3 or more.
     pub guest_cid: u32,
     /// Port on the host to which the guest may connect, once, to say that it is ready.
@@ -45,6 +50,24 @@ pub struct DiskConfig {
     pub serial: String,
     /// Refuses writes (VIRTIO_BLK_F_RO).
     pub read_only: bool,
+}
+
+/// A virtio-net device.
+///
+/// Its descriptors are `queue_pairs` queues of one tap, and, with `vhost`, as many open `/dev/vhost-net`. The tap has
+/// packet headers and no packet information (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR), and more than one queue only with
+/// IFF_MULTI_QUEUE. The length of the headers and the offloads are the device's to set.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NicConfig {
+    /// The guest's address on it, by which the guest finds it too: a unicast address that no other has.
+    pub mac: [u8; 6],
+    /// Largest packet of layer 3 that the guest may send, 68 to 65535 bytes.
+    pub mtu: u16,
+    /// Pairs of a receive and a transmit queue, 1 to 16.
+    pub queue_pairs: u8,
+    /// The host's kernel moves the packets (vhost-net) instead of the worker's threads.
+    pub vhost: bool,
 }
 
 /// Why a [`VmConfig`] cannot be used.
@@ -87,6 +110,39 @@ pub enum ConfigError {
         /// Files given.
         files: usize,
     },
+    /// An address is not one that a device can have, or is used twice.
+    #[error(
+        "the address {} of a network device must be a unicast one, and unlike the others",
+        format_mac(mac)
+    )]
+    NicAddress {
+        /// The address.
+        mac: [u8; 6],
+    },
+    /// The MTU is below what virtio (1.3, 5.1.4.1) and IPv4 allow.
+    #[error("the mtu of a network device must be {MIN_MTU} to 65535, not {mtu}")]
+    NicMtu {
+        /// What was asked for.
+        mtu: u16,
+    },
+    /// Too few or too many queues.
+    #[error("queue_pairs of a network device must be 1 to {MAX_QUEUE_PAIRS}, not {queue_pairs}")]
+    NicQueuePairs {
+        /// What was asked for.
+        queue_pairs: u8,
+    },
+    /// The descriptors of all devices do not fit one message.
+    #[error("the VM would need {files} descriptors, and at most {MAX_FDS} can be given")]
+    TooManyFiles {
+        /// What was asked for.
+        files: usize,
+    },
+    /// The descriptors beside the description are not those that it names.
+    #[error("the VM has {nics} network devices, but other descriptors were given for them")]
+    NicFiles {
+        /// Network devices in the description.
+        nics: usize,
+    },
 }
 
 /// Less does not hold a kernel.
@@ -97,6 +153,43 @@ const MAX_MEMORY_MIB: u32 = 8 << 20;
 const MAX_TAG_LEN: usize = 36;
 /// Longest serial (virtio 1.3, 5.2.6).
 const MAX_SERIAL_LEN: usize = 20;
+/// What every VM has: kernel, initramfs, console.
+const COMMON_FILES: usize = 3;
+/// Smallest MTU (virtio 1.3, 5.1.4.1).
+const MIN_MTU: u16 = 68;
+/// As many as have a thread each without hurting; a pod with more processors does not gain from more.
+const MAX_QUEUE_PAIRS: u8 = 16;
+
+/// An address as people write it.
+pub(crate) fn format_mac(mac: &[u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+impl NicConfig {
+    /// Descriptors that come with it: taps, then vhost-net devices.
+    pub(crate) fn files(&self) -> usize {
+        usize::from(self.queue_pairs) * if self.vhost { 2 } else { 1 }
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let Self {
+            mac,
+            mtu,
+            queue_pairs,
+            ..
+        } = *self;
+        if mac[0] & 1 != 0 || mac == [0; 6] {
+            return Err(ConfigError::NicAddress { mac });
+        }
+        if mtu < MIN_MTU {
+            return Err(ConfigError::NicMtu { mtu });
+        }
+        if !(1..=MAX_QUEUE_PAIRS).contains(&queue_pairs) {
+            return Err(ConfigError::NicQueuePairs { queue_pairs });
+        }
+        Ok(())
+    }
+}
 
 impl VmConfig {
     /// Checks what one field, or two together, can get wrong.
@@ -132,6 +225,18 @@ impl VmConfig {
                 });
             }
         }
+        let mut addresses = BTreeSet::new();
+        for nic in &self.nics {
+            nic.validate()?;
+            if !addresses.insert(nic.mac) {
+                return Err(ConfigError::NicAddress { mac: nic.mac });
+            }
+        }
+        let files =
+            COMMON_FILES + self.disks.len() + self.nics.iter().map(NicConfig::files).sum::<usize>();
+        if files > MAX_FDS {
+            return Err(ConfigError::TooManyFiles { files });
+        }
         Ok(())
     }
 }
@@ -147,6 +252,7 @@ mod tests {
             kernel_params: String::new(),
             shares: Vec::new(),
             disks: Vec::new(),
+            nics: Vec::new(),
             guest_cid: 3,
             ready_port: 1024,
         }
@@ -190,5 +296,56 @@ mod tests {
         assert!(after(|c| c.disks = vec![disk("a"), disk("a")]).is_err());
         assert!(after(|c| c.disks = vec![disk(&"x".repeat(21))]).is_err());
         assert!(after(|c| c.disks = vec![disk("ä")]).is_err());
+    }
+
+    #[test]
+    fn network_devices_have_limits_and_differ() {
+        let nic = |last| NicConfig {
+            mac: [2, 0, 0, 0, 0, last],
+            mtu: 1500,
+            queue_pairs: 2,
+            vhost: true,
+        };
+        let one = |change: fn(&mut NicConfig)| {
+            let mut nic = nic(1);
+            change(&mut nic);
+            after(|c| c.nics = vec![nic])
+        };
+        assert!(after(|c| c.nics = vec![nic(1), nic(2)]).is_ok());
+        assert!(after(|c| c.nics = vec![nic(1), nic(1)]).is_err());
+        assert!(one(|nic| nic.mac = [0; 6]).is_err());
+        assert!(one(|nic| nic.mac[0] = 3).is_err());
+        assert!(one(|nic| nic.mtu = 67).is_err());
+        assert!(one(|nic| nic.mtu = 68).is_ok());
+        assert!(one(|nic| nic.queue_pairs = 0).is_err());
+        assert!(one(|nic| nic.queue_pairs = 16).is_ok());
+        assert!(one(|nic| nic.queue_pairs = 17).is_err());
+    }
+
+    #[test]
+    fn all_descriptors_fit_one_message() {
+        let nics = |count| -> Vec<_> {
+            let nic = |last| NicConfig {
+                mac: [2, 0, 0, 0, 0, last],
+                mtu: 1500,
+                queue_pairs: 1,
+                vhost: false,
+            };
+            (0..count).map(nic).collect()
+        };
+        assert!(after(|c| c.nics = nics(61)).is_ok());
+        assert_eq!(
+            after(|c| c.nics = nics(62)),
+            Err(ConfigError::TooManyFiles { files: 65 })
+        );
+    }
+
+    #[test]
+    fn errors_name_the_address_as_people_write_it() {
+        let mac = [0x03, 0, 0, 0, 0xab, 1];
+        assert_eq!(
+            ConfigError::NicAddress { mac }.to_string(),
+            "the address 03:00:00:00:ab:01 of a network device must be a unicast one, and unlike the others"
+        );
     }
 }

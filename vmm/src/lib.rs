@@ -27,4 +27,4 @@ pub mod worker;
 pub use error::Error;
 pub use probe::{ProbeError, probe};
 pub use vcpu::VcpuSetup;
-pub use vmm::{Confinement, RestoreFiles, VmFiles, VmState, Vmm};
+pub use vmm::{Confinement, NicFiles, RestoreFiles, VmFiles, VmState, Vmm};

@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -18,7 +18,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::board::{Board, BoardState, Parts};
 use crate::boot::{self, BootSource};
-use crate::config::{ConfigError, VmConfig};
+use crate::config::{ConfigError, NicConfig, VmConfig};
 use crate::control::ExitReason;
 use crate::devices::vsock::VsockHandle;
 use crate::end::End;
@@ -40,6 +40,17 @@ pub struct VmFiles {
     pub console: File,
     /// One for each disk of the description.
     pub disks: Vec<File>,
+    /// One for each network device of the description.
+    pub nics: Vec<NicFiles>,
+}
+
+/// The descriptors of a network device, see [`crate::config::NicConfig`].
+#[derive(Debug)]
+pub struct NicFiles {
+    /// The queues of the tap.
+    pub taps: Vec<OwnedFd>,
+    /// As many of `/dev/vhost-net`, or none.
+    pub vhost: Vec<OwnedFd>,
 }
 
 /// The files of a VM that goes on where another was saved.
@@ -51,6 +62,8 @@ pub struct RestoreFiles {
     pub console: File,
     /// As [`VmFiles::disks`].
     pub disks: Vec<File>,
+    /// As [`VmFiles::nics`].
+    pub nics: Vec<NicFiles>,
 }
 
 /// How the VM's threads confine themselves.
@@ -87,6 +100,7 @@ pub struct Vmm {
 struct Machine {
     console: File,
     disks: Vec<File>,
+    nics: Vec<NicFiles>,
     memory: GuestMemoryMmap,
 }
 
@@ -116,6 +130,7 @@ impl Vmm {
         let machine = Machine {
             console: files.console,
             disks: files.disks,
+            nics: files.nics,
             memory,
         };
         let vmm = Self::build(config, machine, on_ready, confinement)?;
@@ -148,6 +163,7 @@ impl Vmm {
         let machine = Machine {
             console: files.console,
             disks: files.disks,
+            nics: files.nics,
             memory,
         };
         // Its guest has been ready before.
@@ -177,6 +193,17 @@ impl Vmm {
             return Err(Error::Config(ConfigError::DiskFiles {
                 disks: config.disks.len(),
                 files: machine.disks.len(),
+            }));
+        }
+        let fits = |(nic, files): (&NicConfig, &NicFiles)| {
+            let pairs = usize::from(nic.queue_pairs);
+            files.taps.len() == pairs && files.vhost.len() == if nic.vhost { pairs } else { 0 }
+        };
+        if config.nics.len() != machine.nics.len()
+            || !config.nics.iter().zip(&machine.nics).all(fits)
+        {
+            return Err(Error::Config(ConfigError::NicFiles {
+                nics: config.nics.len(),
             }));
         }
         set_nonblocking(&machine.console).map_err(Error::Console)?;

@@ -13,13 +13,13 @@ use crate::config::VmConfig;
 use crate::control::ExitReason;
 use crate::devices::vsock::{ConnectError, VsockStream};
 use crate::virtio::DeviceType;
-use crate::vmm::{Confinement, VmFiles, Vmm};
+use crate::vmm::{Confinement, NicFiles, VmFiles, Vmm};
 
 /// Why there is no VM.
 #[derive(Debug, thiserror::Error)]
 enum BootError {
     #[error(
-        "{count} descriptors came with the VM's description, not kernel, initramfs, console and one for each disk"
+        "{count} descriptors came with the VM's description, not kernel, initramfs, console and those of its devices"
     )]
     Descriptors { count: usize },
     #[error("the worker cannot be confined")]
@@ -46,7 +46,7 @@ fn try_boot(
     files: Vec<OwnedFd>,
     notices: Outlet<Notice>,
 ) -> Result<Vmm, BootError> {
-    let files = name_files(files)?;
+    let files = name_files(config, files)?;
     jail::enter(config.shares.iter().map(|share| share.path.as_path()))?;
     let vmm = Vmm::new(
         config,
@@ -64,16 +64,37 @@ fn try_boot(
 }
 
 /// Tells the descriptors apart by their order, see [`VmConfig`].
-fn name_files(files: Vec<OwnedFd>) -> Result<VmFiles, BootError> {
+fn name_files(config: &VmConfig, files: Vec<OwnedFd>) -> Result<VmFiles, BootError> {
     let count = files.len();
-    let mut files = files.into_iter().map(File::from);
-    let mut next = || files.next().ok_or(BootError::Descriptors { count });
-    Ok(VmFiles {
-        kernel: next()?,
-        initramfs: next()?,
-        console: next()?,
-        disks: files.collect(),
-    })
+    let wrong = || BootError::Descriptors { count };
+    let mut files = files.into_iter();
+    let mut next = || files.next().ok_or_else(wrong);
+    let mut next_file = || next().map(File::from);
+    let named = VmFiles {
+        kernel: next_file()?,
+        initramfs: next_file()?,
+        console: next_file()?,
+        disks: config
+            .disks
+            .iter()
+            .map(|_| next_file())
+            .collect::<Result<_, _>>()?,
+        nics: config
+            .nics
+            .iter()
+            .map(|nic| {
+                let mut take = |count| (0..count).map(|_| next()).collect::<Result<_, _>>();
+                Ok(NicFiles {
+                    taps: take(nic.queue_pairs)?,
+                    vhost: take(if nic.vhost { nic.queue_pairs } else { 0 })?,
+                })
+            })
+            .collect::<Result<_, BootError>>()?,
+    };
+    match files.next() {
+        None => Ok(named),
+        Some(_) => Err(wrong()),
+    }
 }
 
 fn confine_vcpu() -> io::Result<()> {
@@ -108,7 +129,10 @@ impl Machine for Vmm {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
+    use crate::config::{DiskConfig, NicConfig};
 
     fn files(count: usize) -> Vec<OwnedFd> {
         (0..count)
@@ -116,17 +140,58 @@ mod tests {
             .collect()
     }
 
-    #[test]
-    fn descriptors_past_the_console_are_disks() {
-        assert_eq!(name_files(files(3)).unwrap().disks.len(), 0);
-        assert_eq!(name_files(files(5)).unwrap().disks.len(), 2);
+    /// `disks` disks, and a network device of two queue pairs without and with vhost-net.
+    fn config(disks: usize) -> VmConfig {
+        let nic = |vhost| NicConfig {
+            mac: [2, 0, 0, 0, 0, u8::from(vhost)],
+            mtu: 1500,
+            queue_pairs: 2,
+            vhost,
+        };
+        VmConfig {
+            vcpus: 1,
+            memory_mib: 64,
+            kernel_params: String::new(),
+            shares: Vec::new(),
+            disks: (0..disks)
+                .map(|serial| DiskConfig {
+                    serial: serial.to_string(),
+                    read_only: true,
+                })
+                .collect(),
+            nics: vec![nic(false), nic(true)],
+            guest_cid: 3,
+            ready_port: 1024,
+        }
     }
 
     #[test]
-    fn missing_descriptors_are_refused() {
-        assert!(matches!(
-            name_files(files(2)),
-            Err(BootError::Descriptors { count: 2 })
-        ));
+    fn descriptors_are_told_apart_by_their_order() {
+        let given = files(3 + 1 + 2 + 4);
+        let numbers: Vec<_> = given.iter().map(AsRawFd::as_raw_fd).collect();
+        let named = name_files(&config(1), given).unwrap();
+        let [plain, vhost] = &named.nics[..] else {
+            panic!("{:?}", named.nics);
+        };
+        let all = [&named.kernel, &named.initramfs, &named.console]
+            .into_iter()
+            .chain(&named.disks)
+            .map(AsRawFd::as_raw_fd)
+            .chain(plain.taps.iter().map(AsRawFd::as_raw_fd))
+            .chain(vhost.taps.iter().map(AsRawFd::as_raw_fd))
+            .chain(vhost.vhost.iter().map(AsRawFd::as_raw_fd));
+        assert_eq!(all.collect::<Vec<_>>(), numbers);
+        assert_eq!((plain.taps.len(), plain.vhost.len()), (2, 0));
+        assert_eq!((vhost.taps.len(), vhost.vhost.len()), (2, 2));
+    }
+
+    #[test]
+    fn missing_and_surplus_descriptors_are_refused() {
+        for count in [2, 9, 11] {
+            assert!(matches!(
+                name_files(&config(1), files(count)),
+                Err(BootError::Descriptors { count: seen }) if seen == count
+            ));
+        }
     }
 }

@@ -49,6 +49,7 @@ fn a_saved_guest_goes_on_in_another_vm() {
             memory,
             console: output,
             disks: Vec::new(),
+            nics: Vec::new(),
         },
         state,
         Confinement::NONE,
@@ -77,6 +78,7 @@ fn a_state_does_not_fit_a_vm_of_another_shape() {
             memory: memory.try_clone().unwrap(),
             console: File::from(console),
             disks: Vec::new(),
+            nics: Vec::new(),
         };
         Vmm::restore(
             config,

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use husk_vmm::config::VmConfig;
 use husk_vmm::control::ExitReason;
-use husk_vmm::{Confinement, VmFiles, Vmm};
+use husk_vmm::{Confinement, NicFiles, VmFiles, Vmm};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// More than any of these guests needs, under emulation and beside other work.
@@ -37,6 +37,7 @@ pub(crate) struct Guest {
     /// The shell script that runs as /init.
     pub(crate) init: String,
     pub(crate) disks: Vec<File>,
+    pub(crate) nics: Vec<NicFiles>,
 }
 
 impl Guest {
@@ -49,12 +50,14 @@ impl Guest {
                 kernel_params: String::new(),
                 shares: Vec::new(),
                 disks: Vec::new(),
+                nics: Vec::new(),
                 guest_cid: 3,
                 ready_port: 1024,
             },
             kernel: kernel(),
             init: init.to_owned(),
             disks: Vec::new(),
+            nics: Vec::new(),
         }
     }
 
@@ -74,6 +77,7 @@ impl Guest {
             initramfs,
             console: output,
             disks: self.disks,
+            nics: self.nics,
         };
         let begin = Instant::now();
         let vmm = Vmm::new(&self.config, files, || (), Confinement::NONE).unwrap();

@@ -124,6 +124,7 @@ fn boot() -> Call {
         kernel_params: String::new(),
         shares: Vec::new(),
         disks: Vec::new(),
+        nics: Vec::new(),
         guest_cid: 3,
         ready_port: 1024,
     })
