@@ -8,10 +8,13 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{ByteValued, Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{
+    Address, ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, VolatileSlice,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{ActivateError, Activation, ActiveQueue, Interrupt};
@@ -19,6 +22,13 @@ use super::{ActivateError, Activation, ActiveQueue, Interrupt};
 /// Most buffers in one descriptor chain. An indirect table could name 65535; no driver needs more than one system call
 /// takes (UIO_MAXIOV), and the devices tell drivers so where the device type has a field for it.
 pub const MAX_SEGMENTS: usize = 1024;
+
+/// Flags and index, before the elements of both rings (virtio 1.3, 2.7.6 and 2.7.8).
+const RING_HEADER: u64 = 4;
+const INDEX_OFFSET: u64 = 2;
+/// Bytes of an element of the available ring, and of one of the used ring.
+const AVAILABLE_ELEMENT: u64 = 2;
+const USED_ELEMENT: u64 = 8;
 
 /// How long an answer may lie in the used ring while the requests behind it are served. Requests that are served faster
 /// than this share an interrupt; whoever waits for one before a slow one need not wait for both.
@@ -75,26 +85,29 @@ pub enum ChainError {
 /// # Errors
 /// When the driver has left one out.
 pub fn take_queues<const N: usize>(
-    activation: Activation,
+    mut activation: Activation,
     indices: [u16; N],
 ) -> Result<[Virtqueue; N], ActivateError> {
-    let memory = Arc::new(activation.memory);
-    let mut queues = activation.queues;
+    let mut taken = Vec::with_capacity(N);
     for index in indices {
-        if !queues.iter().any(|queue| queue.index == index) {
-            return Err(ActivateError::MissingQueue { index });
-        }
+        let queue = take_queue(&mut activation.queues, index);
+        taken.push(queue.ok_or(ActivateError::MissingQueue { index })?);
     }
-    Ok(indices.map(|index| {
-        let position = queues.iter().position(|queue| queue.index == index);
-        let queue =
-            queues.swap_remove(position.expect("seen above, and each index is asked for once"));
+    let memory = Arc::new(activation.memory);
+    let taken: [ActiveQueue; N] = taken.try_into().expect("one was pushed for each index");
+    Ok(taken.map(|queue| {
         Virtqueue::new(
             queue,
             Arc::clone(&memory),
             Arc::clone(&activation.interrupt),
         )
     }))
+}
+
+/// Takes one queue out of those of an activation; `None` if the driver has left it out.
+pub fn take_queue(queues: &mut Vec<ActiveQueue>, index: u16) -> Option<ActiveQueue> {
+    let position = queues.iter().position(|queue| queue.index == index)?;
+    Some(queues.swap_remove(position))
 }
 
 /// One virtqueue while its device is active.
@@ -105,8 +118,8 @@ pub struct Virtqueue {
     kick: EventFd,
     memory: Arc<GuestMemoryMmap>,
     interrupt: Arc<dyn Interrupt>,
-    /// Chains were returned since the driver was last told.
-    unannounced: bool,
+    /// Position in the used ring up to which the driver was told, or needed no telling.
+    announced: u16,
 }
 
 impl Virtqueue {
@@ -118,11 +131,11 @@ impl Virtqueue {
     ) -> Self {
         Self {
             index: queue.index,
+            announced: queue.queue.next_used(),
             queue: queue.queue,
             kick: queue.kick,
             memory,
             interrupt,
-            unannounced: false,
         }
     }
 
@@ -218,13 +231,42 @@ impl Virtqueue {
     /// # Errors
     /// When the used ring is unusable, or the head was none.
     pub fn push_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        self.unannounced = true;
-        self.queue
-            .add_used(self.memory.as_ref(), head, written)
-            .map_err(|source| QueueError::Used {
-                index: self.index,
-                source,
-            })
+        self.push_used_together(&[(head, written)])
+    }
+
+    /// Returns chains, each a head and the number of bytes written, of which the driver shall not see one without the
+    /// others. Otherwise as [`Self::push_used`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn push_used_together(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        let index = self.index;
+        self.write_used(chains)
+            .map_err(|source| QueueError::Used { index, source })
+    }
+
+    fn write_used(&mut self, chains: &[(u16, u32)]) -> Result<(), virtio_queue::Error> {
+        let size = self.queue.size();
+        let ring = GuestAddress(self.queue.used_ring());
+        let mut next = self.queue.next_used();
+        for &(head, written) in chains {
+            if head >= size {
+                return Err(virtio_queue::Error::InvalidDescriptorIndex);
+            }
+            let mut element = [0; 8];
+            element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
+            element[4..].copy_from_slice(&written.to_le_bytes());
+            let at = offset(ring, RING_HEADER + u64::from(next % size) * USED_ELEMENT)?;
+            self.memory
+                .write_slice(&element, at)
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        // Released: whoever sees the index sees the elements.
+        self.memory
+            .store(next.to_le(), offset(ring, INDEX_OFFSET)?, Ordering::Release)
+            .map_err(virtio_queue::Error::GuestMemory)
     }
 
     /// Interrupts the driver if chains were returned and it wants to know (virtio 1.3, 2.7.7.2).
@@ -232,20 +274,35 @@ impl Virtqueue {
     /// # Errors
     /// When the available ring is unusable.
     pub fn notify_if_needed(&mut self) -> Result<(), QueueError> {
-        if !std::mem::take(&mut self.unannounced) {
+        let used = self.queue.next_used();
+        let before = std::mem::replace(&mut self.announced, used);
+        if used == before {
             return Ok(());
         }
-        let needed = self
-            .queue
-            .needs_notification(self.memory.as_ref())
-            .map_err(|source| QueueError::Available {
+        if self.queue.event_idx_enabled() {
+            let event = self.used_event().map_err(|source| QueueError::Available {
                 index: self.index,
                 source,
             })?;
-        if needed {
-            self.interrupt.queue(self.index);
+            // Whether the element after which the driver wants to be told is one of the new ones.
+            if used.wrapping_sub(event).wrapping_sub(1) >= used.wrapping_sub(before) {
+                return Ok(());
+            }
         }
+        self.interrupt.queue(self.index);
         Ok(())
+    }
+
+    /// The driver's `used_event`, which lies behind the available ring.
+    fn used_event(&self) -> Result<u16, virtio_queue::Error> {
+        // The index must be visible to a driver that has not yet written the event that is read here.
+        fence(Ordering::SeqCst);
+        let elements = u64::from(self.queue.size()) * AVAILABLE_ELEMENT;
+        let ring = GuestAddress(self.queue.avail_ring());
+        self.memory
+            .load(offset(ring, RING_HEADER + elements)?, Ordering::Relaxed)
+            .map(u16::from_le)
+            .map_err(virtio_queue::Error::GuestMemory)
     }
 
     /// Asks the driver not to kick (virtio 1.3, 2.7.10).
@@ -297,6 +354,11 @@ impl Virtqueue {
             source,
         })
     }
+}
+
+fn offset(ring: GuestAddress, bytes: u64) -> Result<GuestAddress, virtio_queue::Error> {
+    ring.checked_add(bytes)
+        .ok_or(virtio_queue::Error::AddressOverflow)
 }
 
 /// A descriptor chain as the driver made it, unchecked.
@@ -396,14 +458,11 @@ impl<'m> Segments<'m> {
     }
 
     /// Iovecs over everything. They point into guest memory that `'m` keeps mapped.
-    fn iovecs(&self) -> Vec<libc::iovec> {
-        self.slices
-            .iter()
-            .map(|slice| libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            })
-            .collect()
+    fn iovecs(&self) -> impl Iterator<Item = libc::iovec> {
+        self.slices.iter().map(|slice| libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        })
     }
 
     /// Runs a vectored system call over everything, repeated while interrupted, and consumes what it moved.
@@ -411,19 +470,26 @@ impl<'m> Segments<'m> {
         &mut self,
         call: impl Fn(*const libc::iovec, libc::c_int) -> libc::ssize_t,
     ) -> io::Result<usize> {
-        let iovecs = self.iovecs();
-        let count = libc::c_int::try_from(iovecs.len()).expect("at most MAX_SEGMENTS");
-        loop {
-            match usize::try_from(call(iovecs.as_ptr(), count)) {
-                Ok(moved) => {
-                    self.take(moved);
-                    return Ok(moved);
-                }
-                Err(_negative) => {
-                    let err = io::Error::last_os_error();
-                    if err.kind() != io::ErrorKind::Interrupted {
-                        return Err(err);
-                    }
+        let iovecs: Vec<_> = self.iovecs().collect();
+        let moved = run_vectored(&iovecs, call)?;
+        self.take(moved);
+        Ok(moved)
+    }
+}
+
+/// Runs a vectored system call, repeated while interrupted.
+fn run_vectored(
+    iovecs: &[libc::iovec],
+    call: impl Fn(*const libc::iovec, libc::c_int) -> libc::ssize_t,
+) -> io::Result<usize> {
+    let count = libc::c_int::try_from(iovecs.len()).expect("at most MAX_SEGMENTS");
+    loop {
+        match usize::try_from(call(iovecs.as_ptr(), count)) {
+            Ok(moved) => return Ok(moved),
+            Err(_negative) => {
+                let err = io::Error::last_os_error();
+                if err.kind() != io::ErrorKind::Interrupted {
+                    return Err(err);
                 }
             }
         }
@@ -607,3 +673,37 @@ impl<'m> Writable<'m> {
         })
     }
 }
+
+/// Reads one packet from a descriptor that keeps packets apart, into rooms that are filled one after the other. They have
+/// fewer than [`MAX_SEGMENTS`] segments together. Returns the packet's length, or `None` if it was longer than all rooms;
+/// it is lost then.
+///
+/// # Errors
+/// As readv(2), but for EINTR.
+pub fn read_packet<'r, 'm: 'r>(
+    fd: BorrowedFd<'_>,
+    rooms: impl IntoIterator<Item = &'r Writable<'m>>,
+) -> io::Result<Option<usize>> {
+    // One byte more than there is room for: it is reached only by a packet that does not fit, of which the system would
+    // otherwise cut off the end without a word.
+    let mut surplus = 0_u8;
+    let mut iovecs = Vec::new();
+    let mut len = 0;
+    for room in rooms {
+        len += room.len();
+        iovecs.extend(room.0.iovecs());
+    }
+    iovecs.push(libc::iovec {
+        iov_base: (&raw mut surplus).cast(),
+        iov_len: 1,
+    });
+    let read = run_vectored(&iovecs, |iovecs, count| {
+        // SAFETY: the iovecs point to mapped guest memory, which is plain bytes without a reference to it, and to
+        // `surplus`; all of it outlives the call.
+        unsafe { libc::readv(fd.as_raw_fd(), iovecs, count) }
+    })?;
+    Ok((read <= len).then_some(read))
+}
+
+#[cfg(test)]
+mod tests;
