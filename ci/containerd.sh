@@ -32,29 +32,66 @@ containerd_path() {
     printf '%s\n' "$containerd/usr/bin:$runc/usr/sbin"
 }
 
-# containerd_start ROOT STATE LOG - starts the containerd of PATH with its data in ROOT and its
-# sockets in STATE, and returns when it is ready; its process is in STATE/pid.
-containerd_start() {
-    local root=$1 state=$2 log=$3
-    mkdir -p "$root" "$state"
-    cat >"$state/config.toml" <<TOML
+# containerd_settings VERSION - what a containerd of VERSION that speaks CRI is told beyond its defaults.
+# Without VERSION it does not speak CRI.
+containerd_settings() {
+    local version=$1 images runtime sandbox_image
+    case $version in
+    '')
+        cat <<'TOML'
 version = 2
-root = "$root"
-state = "$state"
-# Nothing here speaks CRI, and starting it takes as long as all the rest.
+# Starting them takes as long as all the rest.
 disabled_plugins = [
   "io.containerd.grpc.v1.cri",
   "io.containerd.cri.v1.images",
   "io.containerd.cri.v1.runtime",
   "io.containerd.podsandbox.controller.v1.podsandbox",
 ]
-
-[grpc]
-  address = "$state/containerd.sock"
-
-[debug]
-  level = "debug"
 TOML
+        return
+        ;;
+    1.*)
+        echo 'version = 2'
+        images=io.containerd.grpc.v1.cri runtime=io.containerd.grpc.v1.cri
+        ;;
+    *)
+        echo 'version = 3'
+        images=io.containerd.cri.v1.images runtime=io.containerd.cri.v1.runtime
+        ;;
+    esac
+    sandbox_image='husk.test/pause:latest'
+    if [ "$images" = "$runtime" ]; then
+        printf '[plugins."%s"]\nsandbox_image = "%s"\n' "$images" "$sandbox_image"
+    else
+        printf '[plugins."%s".pinned_images]\nsandbox = "%s"\n' "$images" "$sandbox_image"
+    fi
+    cat <<TOML
+[plugins."$images".registry]
+config_path = "/etc/containerd/certs.d"
+
+[plugins."$runtime".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+
+[plugins."$runtime".containerd.runtimes.husk]
+runtime_type = "io.containerd.husk.v2"
+pod_annotations = ["io.husk.*"]
+# The devices of a privileged container are its guest's.
+privileged_without_host_devices = true
+TOML
+}
+
+# containerd_start ROOT STATE LOG [VERSION] - starts the containerd of PATH with its data in ROOT and
+# its sockets in STATE, and returns when it is ready; its process is in STATE/pid. With VERSION, which
+# is its own, it speaks CRI.
+containerd_start() {
+    local root=$1 state=$2 log=$3 version=${4:-}
+    mkdir -p "$root" "$state"
+    {
+        # The keys of no table, then the tables.
+        printf 'root = "%s"\nstate = "%s"\n' "$root" "$state"
+        containerd_settings "$version"
+        printf '[grpc]\naddress = "%s/containerd.sock"\n[debug]\nlevel = "debug"\n' "$state"
+    } >"$state/config.toml"
     "$HUSK_ROOT/ci/await-ready" "$state/pid" containerd --config "$state/config.toml" >"$log" 2>&1 || {
         tail -n 20 "$log" >&2
         return 1

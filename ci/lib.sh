@@ -139,6 +139,21 @@ need_rust_component() {
     fi
 }
 
+# build_go DIR - trixie's, which is linked with nothing.
+build_go() {
+    unpack_packages "$1" trixie golang-1.24-go golang-1.24-src
+}
+
+# need_go VERSION - a Go toolchain that is as new; where the machine has none, Debian's, beside what is installed.
+need_go() {
+    local found
+    if found=$(go env GOVERSION 2>/dev/null) && dpkg --compare-versions "${found#go}" ge "$1"; then
+        return
+    fi
+    found=$(cached go "$(hash_of "$(package_version trixie golang-1.24-go)" "$(declare -f build_go)")" build_go)
+    PATH=$found/usr/lib/go-1.24/bin:$PATH
+}
+
 # --- Debian packages -------------------------------------------------------------------------
 
 # debian_mirror - prints the address of the Debian archive that this machine itself uses.
