@@ -41,6 +41,18 @@ pub enum ConfigError {
         /// What is allowed.
         allowed: String,
     },
+    /// A pod asks for something that the node does not leave to pods.
+    #[error(
+        "the pod's annotation {name} is not allowed on this node: \
+         annotations.allow of its configuration has {}",
+        if allowed.is_empty() { "nothing" } else { allowed.as_str() }
+    )]
+    AnnotationRefused {
+        /// The annotation.
+        name: String,
+        /// The keys that are allowed.
+        allowed: String,
+    },
 }
 
 /// The text of a configuration and where it is from.

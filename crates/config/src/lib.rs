@@ -1,13 +1,14 @@
 //! `husk.toml`: one file, one typed, checked [`Config`].
 //!
 //! The shim and the command-line tool read it; neither sees a value that has not been checked. Each key is written down
-//! once, in [`RawVm`] or [`RawNetwork`], and checked once, in [`Vm::check`] or [`Network::check`]; its reference is the
+//! once, in [`RawVm`] or [`RawNetwork`], and checked once, in `overlaid` of its table; its reference is the
 //! configuration chapter of the book.
 
 #![forbid(unsafe_code)]
 
 mod error;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::ErrorKind;
 use std::ops::RangeInclusive;
@@ -41,11 +42,32 @@ const BOOT_TIMEOUT_S: RangeInclusive<u32> = 1..=3600;
 /// Half of the kernel's COMMAND_LINE_SIZE on x86_64: the other half is for what the hypervisor says itself.
 const KERNEL_PARAMS_MAX_LEN: usize = 1024;
 
+/// Before the key of an annotation that sets a key of the configuration for one pod.
+const ANNOTATION_PREFIX: &str = "io.husk.";
+
+/// The keys that an administrator may leave to pods. None of the others is a pod's business: a path is one of the host's,
+/// which the shim opens as root, and what host networking means is the node's decision.
+const ANNOTATION_KEYS: [&str; 5] = [
+    "vm.vcpus",
+    "vm.memory_mib",
+    "vm.kernel_params",
+    "vm.boot_timeout_s",
+    "network.datapath",
+];
+
 /// The configuration, checked.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Config {
     vm: Vm,
     network: Network,
+    annotations: Annotations,
+}
+
+/// What pods may set: the table `[annotations]`.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+struct Annotations {
+    /// A part of [`ANNOTATION_KEYS`].
+    allow: Vec<String>,
 }
 
 /// The virtual machine of a pod, before anything that the pod itself asks for: the table `[vm]`.
@@ -101,7 +123,7 @@ impl Config {
         Self::from_toml(&text, path)
     }
 
-    /// Reads and checks the file at [`DEFAULT_PATH`]; without one, everything has its default.
+    /// Reads and checks the file at [`DEFAULT_PATH`]; without one, everything has its self.
     ///
     /// # Errors
     /// As for [`Config::load`], save that the file may be missing.
@@ -126,9 +148,48 @@ impl Config {
         let text = Text::new(text, origin.as_ref());
         let raw: RawConfig =
             toml::from_str(text.as_str()).map_err(|err| text.not_understood(&err))?;
+        Self::default().overlaid(raw, &text)
+    }
+
+    /// The configuration for a pod with these annotations: `io.husk.vm.memory_mib: "1024"` sets `vm.memory_mib`, if the
+    /// file allows that.
+    ///
+    /// # Errors
+    /// `AnnotationRefused` for a key that pods may not set; as [`Config::from_toml`] for a value that is not allowed.
+    pub fn with_annotations<'a>(
+        self,
+        annotations: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) -> Result<Self, ConfigError> {
+        let mut tables = BTreeMap::<_, BTreeMap<_, _>>::new();
+        for (name, value) in annotations {
+            let Some(key) = name.strip_prefix(ANNOTATION_PREFIX) else {
+                continue;
+            };
+            let (table, in_table) = key
+                .split_once('.')
+                .filter(|_| self.annotations.allow.iter().any(|allowed| allowed == key))
+                .ok_or_else(|| ConfigError::AnnotationRefused {
+                    name: name.to_owned(),
+                    allowed: self.annotations.allow.join(", "),
+                })?;
+            // All values of annotations are strings.
+            let value = value
+                .parse()
+                .map_or_else(|_| Value::from(value), Value::Integer);
+            tables.entry(table).or_default().insert(in_table, value);
+        }
+        let text = toml::to_string(&tables).expect("strings and integers in tables are TOML");
+        let text = Text::new(&text, Path::new("the pod's annotations"));
+        let raw = toml::from_str(text.as_str()).map_err(|err| text.not_understood(&err))?;
+        self.overlaid(raw, &text)
+    }
+
+    /// This configuration, save for what `raw` says.
+    fn overlaid(self, raw: RawConfig, text: &Text<'_>) -> Result<Self, ConfigError> {
         Ok(Self {
-            vm: Vm::check(raw.vm, &text)?,
-            network: Network::check(raw.network, &text)?,
+            vm: self.vm.overlaid(raw.vm, text)?,
+            network: self.network.overlaid(raw.network, text)?,
+            annotations: self.annotations.overlaid(raw.annotations, text)?,
         })
     }
 
@@ -158,7 +219,7 @@ impl Network {
         self.host_network
     }
 
-    fn check(raw: RawNetwork, text: &Text<'_>) -> Result<Self, ConfigError> {
+    fn overlaid(self, raw: RawNetwork, text: &Text<'_>) -> Result<Self, ConfigError> {
         let datapaths = [
             ("auto", Datapath::Auto),
             ("vhost", Datapath::Vhost),
@@ -172,11 +233,30 @@ impl Network {
             datapath: check(text, "network.datapath", raw.datapath, |value| {
                 one_of(value, &datapaths)
             })?
-            .unwrap_or_default(),
+            .unwrap_or(self.datapath),
             host_network: check(text, "network.host_network", raw.host_network, |value| {
                 one_of(value, &host_networks)
             })?
-            .unwrap_or_default(),
+            .unwrap_or(self.host_network),
+        })
+    }
+}
+
+impl Annotations {
+    fn overlaid(self, raw: RawAnnotations, text: &Text<'_>) -> Result<Self, ConfigError> {
+        let allow = check(text, "annotations.allow", raw.allow, |value| {
+            let known = |key: &Value| {
+                key.as_str()
+                    .filter(|key| ANNOTATION_KEYS.contains(key))
+                    .map(str::to_owned)
+            };
+            value
+                .as_array()
+                .and_then(|keys| keys.iter().map(known).collect())
+                .ok_or_else(|| format!("an array of {}", ANNOTATION_KEYS.join(", ")))
+        })?;
+        Ok(Self {
+            allow: allow.unwrap_or(self.allow),
         })
     }
 }
@@ -218,24 +298,23 @@ impl Vm {
         self.boot_timeout
     }
 
-    fn check(raw: RawVm, text: &Text<'_>) -> Result<Self, ConfigError> {
-        let default = Self::default();
+    fn overlaid(self, raw: RawVm, text: &Text<'_>) -> Result<Self, ConfigError> {
         Ok(Self {
-            kernel: check(text, "vm.kernel", raw.kernel, absolute_path)?.unwrap_or(default.kernel),
+            kernel: check(text, "vm.kernel", raw.kernel, absolute_path)?.unwrap_or(self.kernel),
             initramfs: check(text, "vm.initramfs", raw.initramfs, absolute_path)?
-                .unwrap_or(default.initramfs),
+                .unwrap_or(self.initramfs),
             kernel_params: check(text, "vm.kernel_params", raw.kernel_params, kernel_params)?
-                .unwrap_or(default.kernel_params),
+                .unwrap_or(self.kernel_params),
             vcpus: check(text, "vm.vcpus", raw.vcpus, |value| integer(value, &VCPUS))?
-                .unwrap_or(default.vcpus),
+                .unwrap_or(self.vcpus),
             memory_mib: check(text, "vm.memory_mib", raw.memory_mib, |value| {
                 integer(value, &MEMORY_MIB)
             })?
-            .unwrap_or(default.memory_mib),
+            .unwrap_or(self.memory_mib),
             boot_timeout: check(text, "vm.boot_timeout_s", raw.boot_timeout_s, |value| {
                 integer(value, &BOOT_TIMEOUT_S)
             })?
-            .map_or(default.boot_timeout, |seconds| {
+            .map_or(self.boot_timeout, |seconds| {
                 Duration::from_secs(seconds.into())
             }),
         })
@@ -264,6 +343,14 @@ struct RawConfig {
     vm: RawVm,
     #[serde(default)]
     network: RawNetwork,
+    #[serde(default)]
+    annotations: RawAnnotations,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table of keys")]
+struct RawAnnotations {
+    allow: Option<Spanned<Value>>,
 }
 
 #[derive(Debug, Default, Deserialize)]

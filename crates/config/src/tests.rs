@@ -185,3 +185,62 @@ fn file_is_read() {
     std::fs::write(&path, "[vm]\nmemory_mib = 256\n").unwrap();
     assert_eq!(Config::load(&path).unwrap().vm().memory_mib(), 256);
 }
+
+const ALLOWING: &str = "[vm]\nvcpus = 2\nmemory_mib = 600\n[annotations]\nallow = [\"vm.memory_mib\", \"network.datapath\"]\n";
+
+fn annotated(annotations: &[(&str, &str)]) -> Result<Config, ConfigError> {
+    Config::from_toml(ALLOWING, "husk.toml")
+        .unwrap()
+        .with_annotations(annotations.iter().copied())
+}
+
+#[test]
+fn annotations_that_are_allowed_win_over_the_file() {
+    let config = annotated(&[
+        ("io.husk.vm.memory_mib", "1024"),
+        ("io.husk.network.datapath", "worker"),
+        ("io.kubernetes.cri.container-type", "sandbox"),
+    ])
+    .unwrap();
+    assert_eq!(config.vm().memory_mib(), 1024);
+    assert_eq!(config.vm().vcpus(), 2);
+    assert_eq!(config.network().datapath(), Datapath::Worker);
+}
+
+#[test]
+fn annotations_that_are_not_allowed_are_refused_with_what_is() {
+    for name in ["io.husk.vm.vcpus", "io.husk.vm.kernel", "io.husk.nonsense"] {
+        let text = annotated(&[(name, "1")]).unwrap_err().to_string();
+        assert!(text.contains(name), "{text}");
+        assert!(
+            text.ends_with("has vm.memory_mib, network.datapath"),
+            "{text}"
+        );
+    }
+    let refused = Config::default().with_annotations([("io.husk.vm.vcpus", "1")]);
+    assert!(refused.unwrap_err().to_string().ends_with("has nothing"));
+}
+
+#[test]
+fn nonsense_in_an_annotation_is_named() {
+    for value in ["", "many", "-1", "12 GiB", "99999999999999999999"] {
+        let text = annotated(&[("io.husk.vm.memory_mib", value)])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            text.starts_with("the pod's annotations:") && text.contains("vm.memory_mib is "),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn paths_of_the_host_cannot_be_left_to_pods() {
+    let text = Config::from_toml("[annotations]\nallow = [\"vm.kernel\"]", "husk.toml")
+        .unwrap_err()
+        .to_string();
+    assert!(
+        text.starts_with("husk.toml:2: annotations.allow is "),
+        "{text}"
+    );
+}
