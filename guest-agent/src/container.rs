@@ -27,11 +27,12 @@ use crate::cgroup::Cgroup;
 use crate::devices;
 use crate::error::{During, Error, Result};
 use crate::launch::{Confinement, Launcher, Reports, Work};
+use crate::pod::{Mounts, Volumes};
 use crate::process::{Process, StdioRequest, Wiring};
 use crate::reaper::Reaper;
 use crate::signals::Signal;
 use crate::spec;
-use crate::storage::{self, Mounts};
+use crate::storage;
 use crate::streams::{ChildEnds, Stdio, Streams};
 use crate::terminal::ConsoleSocket;
 
@@ -41,6 +42,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Everything below is the agent's own; the share is mounted there too.
 const RUN: &str = "/run/husk";
 
+/// The root of a pod's sandbox, which has no files.
+const SANDBOX_ROOT: &str = "/run/husk/pod/root";
+
 /// All containers, and what they are made with.
 #[derive(Debug)]
 pub(crate) struct Containers {
@@ -49,6 +53,7 @@ pub(crate) struct Containers {
     streams: Arc<Streams>,
     launcher: Launcher,
     share: OnceCell<()>,
+    volumes: Volumes,
     names: AtomicU64,
 }
 
@@ -70,7 +75,20 @@ pub(crate) struct Container {
     state: Mutex<State>,
     oom_kills: watch::Sender<u64>,
     oom_watch: JoinHandle<()>,
-    _mounts: Mounts,
+    /// Of folders of volumes, and of a sandbox's namespaces.
+    _mounts: [Mounts; 2],
+}
+
+/// What is asked for with a container.
+#[derive(Debug)]
+pub(crate) struct Creation<'a> {
+    pub(crate) id: &'a str,
+    /// OCI configuration, JSON.
+    pub(crate) spec: &'a [u8],
+    /// Whether it is the pod's sandbox.
+    pub(crate) sandbox: bool,
+    pub(crate) volumes: &'a [agent::Volume],
+    pub(crate) stdio: StdioRequest,
 }
 
 #[derive(Debug)]
@@ -100,25 +118,21 @@ impl Containers {
                 log_level,
             },
             share: OnceCell::new(),
+            volumes: Volumes::default(),
             names: AtomicU64::new(0),
         }
     }
 
     /// Makes a container up to the OCI state `created`; returns its first process' pid.
-    pub(crate) async fn create(
-        &self,
-        id: &str,
-        spec: &[u8],
-        storages: &[agent::Storage],
-        stdio: StdioRequest,
-    ) -> Result<Pid> {
+    pub(crate) async fn create(&self, creation: Creation<'_>) -> Result<Pid> {
         // Taken whatever becomes of the request: connections that nobody takes stay open for ever.
-        let streams = self.streams.take(stdio.ports).await?;
+        let streams = self.streams.take(creation.stdio.ports).await?;
+        let id = creation.id;
         match self.slots().entry(id.to_owned()) {
             Entry::Occupied(_) => return Err(Error::ContainerExists { id: id.to_owned() }),
             Entry::Vacant(slot) => slot.insert(Slot::Creating),
         };
-        let built = self.build(id, spec, storages, stdio, streams).await;
+        let built = self.build(&creation, streams).await;
         let mut slots = self.slots();
         match built {
             Ok(container) => {
@@ -134,22 +148,27 @@ impl Containers {
         }
     }
 
-    async fn build(
-        &self,
-        id: &str,
-        spec: &[u8],
-        storages: &[agent::Storage],
-        request: StdioRequest,
-        streams: Stdio,
-    ) -> Result<Container> {
-        let spec: Spec = parse("the specification", spec)?;
-        if uses_share(&spec) {
+    async fn build(&self, creation: &Creation<'_>, streams: Stdio) -> Result<Container> {
+        let &Creation {
+            id,
+            sandbox,
+            stdio: request,
+            ..
+        } = creation;
+        let mut spec: Spec = parse("the specification", creation.spec)?;
+        if !sandbox && uses_share(&spec) {
             self.share
                 .get_or_try_init(async || storage::mount_share())
                 .await?;
         }
-        let mounts = Mounts::new(storages)?;
-        let prepared = spec::prepare(spec, id, request.terminal, devices::lookup)?;
+        self.volumes.make(creation.volumes)?;
+        let folders = self.volumes.locate(&mut spec)?;
+        let prepared = if sandbox {
+            fs::create_dir_all(SANDBOX_ROOT).during("making the root of the sandbox")?;
+            spec::prepare_sandbox(&spec, id, Path::new(SANDBOX_ROOT))?
+        } else {
+            spec::prepare(spec, id, request.terminal, devices::lookup)?
+        };
         for (name, value) in &prepared.network_sysctls {
             set_sysctl(name, value)?;
         }
@@ -160,9 +179,18 @@ impl Containers {
         let wiring = self.wire(spec.process().as_ref(), request, streams)?;
         let expectation = self.reaper.expect();
         let (pid, launch, terminal) = wiring
-            .launch(|console, ends| self.launch(id, Work::Create { bundle }, console, ends))
+            .launch(|console, ends| {
+                self.launch(id, Work::Create { bundle, sandbox }, console, ends)
+            })
             .await?;
         let init = Arc::new(Process::new(pid, expectation.claim(pid), terminal));
+        let namespaces = if sandbox {
+            Mounts::of_namespaces(pid).inspect_err(|_| {
+                let _ended = init.signal(Signal::KILL);
+            })?
+        } else {
+            Mounts::default()
+        };
 
         let cgroup = Cgroup::of(id);
         if !spec::has_pid_namespace(&spec) {
@@ -186,7 +214,7 @@ impl Containers {
             state: Mutex::new(State::Created(launch.reports)),
             oom_kills,
             oom_watch,
-            _mounts: mounts,
+            _mounts: [folders, namespaces],
         })
     }
 

@@ -24,7 +24,7 @@ use crate::streams::ChildEnds;
 pub(crate) const CREATOR: &str = "creator";
 
 /// Itself, also when nothing in the file system leads to it any more.
-const OWN_PROGRAM: &str = "/proc/self/exe";
+pub(crate) const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// What to build.
 #[derive(Debug, Serialize, Deserialize)]
@@ -46,8 +46,8 @@ pub(crate) struct Order {
 /// The kinds of work.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Work {
-    /// A container, up to the OCI state `created`, from the bundle at this path.
-    Create { bundle: PathBuf },
+    /// A container, up to the OCI state `created`, from the bundle at this path. A pod's sandbox if `sandbox`.
+    Create { bundle: PathBuf, sandbox: bool },
     /// A process in a running container, started, from an OCI process in a file.
     Exec {
         process: PathBuf,

@@ -1,8 +1,9 @@
 //! husk-agent, the init of the guest: process 1 of the initramfs, which mounts what a guest needs, reaps, and runs
 //! containers for the shim on the host. See `proto/agent.proto` for the service.
 //!
-//! The program has two roles. Process 1 is the agent. It starts itself again as a *creator* for each container or process
-//! that libcontainer is to build, since libcontainer forks and the agent must not.
+//! The program has three roles. Process 1 is the agent. It starts itself again as a *creator* for each container or process
+//! that libcontainer is to build, since libcontainer forks and the agent must not. And the first process of a pod's
+//! sandbox is this program too: the *pause* that holds the pod's namespaces.
 
 mod cgroup;
 mod container;
@@ -12,6 +13,8 @@ mod error;
 mod init;
 mod launch;
 mod logging;
+mod pause;
+mod pod;
 mod process;
 mod reaper;
 mod service;
@@ -35,7 +38,10 @@ use reaper::Reaper;
 use streams::Streams;
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args().skip(1);
+    let mut arguments = std::env::args();
+    if arguments.next().as_deref().map(str::as_bytes) == Some(pause::NAME.to_bytes()) {
+        return pause::main();
+    }
     if arguments.next().as_deref() == Some(launch::CREATOR) {
         return creator::main(&arguments.next().unwrap_or_default());
     }

@@ -20,7 +20,7 @@ use ttrpc::Result as TtrpcResult;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, TtrpcContext};
 
-use crate::container::{self, Containers};
+use crate::container::{self, Containers, Creation};
 use crate::error::{Error, Result};
 use crate::process::{self, StdioRequest};
 use crate::signals::Signal;
@@ -65,7 +65,13 @@ impl Agent for Service {
         let stdio = stdio(&request.stdio)?;
         let pid = self
             .containers
-            .create(id, &request.spec, &request.storages, stdio)
+            .create(Creation {
+                id,
+                spec: &request.spec,
+                sandbox: request.sandbox,
+                volumes: &request.volumes,
+                stdio,
+            })
             .await?;
         tracing::info!(id, %pid, "container created");
         Ok(CreateContainerResponse {

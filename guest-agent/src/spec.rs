@@ -15,13 +15,18 @@ use oci_spec::runtime::{
 };
 use pathrs::Root;
 use pathrs::flags::OpenFlags;
+use serde_json::json;
 
 use crate::cgroup::Cgroup;
 use crate::devices::{self, Node};
 use crate::error::{During, Error, Result};
+use crate::pause;
 
 /// Most of a container's `/etc/passwd` that is read: more users than any image has.
 const MAX_PASSWD_BYTES: u64 = 1 << 20;
+
+/// What containerd gives a sandbox: of a pod it is to be the last that the OOM killer takes.
+const SANDBOX_OOM_SCORE_ADJ: i32 = -998;
 
 /// A specification that is ready for libcontainer, and what the agent keeps of it.
 #[derive(Debug)]
@@ -65,6 +70,44 @@ pub(crate) fn prepare(
             "a seccomp listener is on the host, where a guest cannot send descriptors".to_owned(),
         ));
     }
+    let network_sysctls = take_network_sysctls(linux);
+    Ok(Prepared {
+        spec,
+        network_sysctls,
+    })
+}
+
+/// Prepares the specification of a pod's sandbox, whose root is the empty folder `root`. Of what is given, the namespaces,
+/// the host name and the sysctls count; the process is the agent's own program, which needs no rights.
+pub(crate) fn prepare_sandbox(given: &Spec, container_id: &str, root: &Path) -> Result<Prepared> {
+    let given_linux = given.linux().as_ref().ok_or_else(|| missing("linux"))?;
+    let protection = given.process().as_ref().and_then(Process::oom_score_adj);
+    let process = json!({
+        "cwd": "/",
+        "args": [pause::NAME.to_string_lossy()],
+        "user": { "uid": 0, "gid": 0 },
+        "capabilities": {},
+        "noNewPrivileges": true,
+        "oomScoreAdj": protection.unwrap_or(SANDBOX_OOM_SCORE_ADJ),
+    });
+    let spec = json!({
+        "ociVersion": given.version(),
+        "root": { "path": root },
+        "process": process,
+        "hostname": given.hostname(),
+        "mounts": [
+            { "destination": "/proc", "type": "proc", "source": "proc" },
+            { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"] },
+        ],
+        "linux": { "namespaces": given_linux.namespaces(), "sysctl": given_linux.sysctl() },
+    });
+    let mut spec: Spec = serde_json::from_value(spec).map_err(|source| Error::Malformed {
+        what: "the sandbox's specification",
+        source,
+    })?;
+    let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux"))?;
+    set_namespaces(linux)?;
+    linux.set_cgroups_path(Some(Cgroup::name(container_id).into()));
     let network_sysctls = take_network_sysctls(linux);
     Ok(Prepared {
         spec,
@@ -433,6 +476,50 @@ mod tests {
     fn user_namespace_is_refused() {
         let changes = json!({ "linux": { "namespaces": [{ "type": "user" }] } });
         assert!(matches!(prepared(&changes), Err(Error::Invalid(_))));
+    }
+
+    #[test]
+    fn sandbox_is_its_namespaces_name_and_sysctls() {
+        let given = json!({
+            "ociVersion": "1.1.0",
+            "root": { "path": "/of/the/pause/image" },
+            "process": { "cwd": "/x", "args": ["/pause"], "user": { "uid": 65535, "gid": 65535 } },
+            "hostname": "pod",
+            "mounts": [{ "destination": "/dev/shm", "type": "bind", "source": "/of/the/host" }],
+            "linux": {
+                "namespaces": [{ "type": "pid" }, { "type": "uts" }, { "type": "network" }],
+                "sysctl": { "net.core.somaxconn": "9", "kernel.shm_rmid_forced": "1" },
+                "maskedPaths": ["/proc/kcore"],
+                "resources": { "cpu": { "shares": 2 } },
+            },
+        });
+        let given: Spec = serde_json::from_value(given).expect("a fair specification");
+        let prepared = prepare_sandbox(&given, "pod1", Path::new("/root")).expect("fair");
+        let spec = serde_json::to_value(&prepared.spec).expect("plain data");
+        assert_eq!(spec["root"]["path"], "/root");
+        assert_eq!(spec["hostname"], "pod");
+        assert_eq!(spec["process"]["oomScoreAdj"], -998);
+        let linux = &spec["linux"];
+        assert_eq!(
+            linux["namespaces"],
+            json!([{ "type": "pid" }, { "type": "uts" }, { "type": "cgroup" }])
+        );
+        assert_eq!(linux["sysctl"], json!({ "kernel.shm_rmid_forced": "1" }));
+        assert!(linux.get("maskedPaths").is_none());
+        assert!(linux.get("resources").is_none());
+        assert_eq!(
+            prepared.network_sysctls,
+            [("net.core.somaxconn".to_owned(), "9".to_owned())]
+        );
+        assert!(has_pid_namespace(&prepared.spec));
+    }
+
+    #[test]
+    fn pid_namespace_of_the_pod_does_not_end_with_a_container() {
+        let path = "/run/husk/pod/ns/pid";
+        let changes = json!({ "linux": { "namespaces": [{ "type": "pid", "path": path }] } });
+        let prepared = prepared(&changes).expect("a fair specification");
+        assert!(!has_pid_namespace(&prepared.spec));
     }
 
     #[test]

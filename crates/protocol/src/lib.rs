@@ -39,3 +39,10 @@ pub const SHARE_TAG: &str = "husk";
 
 /// Where the agent mounts the shared folder, in its own mount namespace.
 pub const SHARE_MOUNT_POINT: &str = "/run/husk/share";
+
+/// Where the agent keeps the namespaces of the pod's sandbox, each under the name that it has in proc(5): `ipc`, `pid`,
+/// `uts`.
+pub const POD_NAMESPACES: &str = "/run/husk/pod/ns";
+
+/// Where the volumes are that live in the guest's memory, each in a folder that the shim names.
+pub const POD_VOLUMES: &str = "/run/husk/pod/volumes";

@@ -137,13 +137,18 @@ fn follow(order: Order, reporter: &Reporter, gate: Option<OwnedFd>) -> anyhow::R
     let late_capabilities = confinement
         .as_ref()
         .is_some_and(|confinement| confinement.late_capabilities.is_some());
-    let program = Program::new(reporter.clone(), gate, confinement);
+    let program = match &order.work {
+        Work::Create { sandbox: true, .. } => Program::pause(reporter.clone())?,
+        Work::Create { .. } | Work::Exec { .. } | Work::Update { .. } => {
+            Program::new(reporter.clone(), gate, confinement)
+        }
+    };
     let builder = ContainerBuilder::new(order.container_id.clone(), SyscallType::default())
         .with_executor(program)
         .with_root_path(&order.state_root)?
         .with_console_socket(order.console);
     match order.work {
-        Work::Create { bundle } => {
+        Work::Create { bundle, .. } => {
             let container = builder.as_init(bundle).with_systemd(false).build()?;
             Ok(container.pid().map(i32::from))
         }

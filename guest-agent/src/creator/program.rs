@@ -24,7 +24,8 @@ use oci_spec::runtime::{Process, Spec};
 use rustix::fs::Access;
 
 use super::Reporter;
-use crate::launch::{Confinement, Report};
+use crate::launch::{Confinement, OWN_PROGRAM, Report};
+use crate::pause;
 
 /// What execvp(3) searches without a PATH.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -35,6 +36,8 @@ pub(super) struct Program {
     reporter: Reporter,
     gate: Option<Arc<OwnedFd>>,
     confinement: Option<Confinement>,
+    /// The agent's own program, to be run in the place of the user's in a pod's sandbox.
+    pause: Option<Arc<File>>,
     /// Found by `validate`, used by `exec`: between them, the process gives up rights that finding it may need.
     path: Arc<Mutex<PathBuf>>,
 }
@@ -49,8 +52,18 @@ impl Program {
             reporter,
             gate: gate.map(Arc::new),
             confinement,
+            pause: None,
             path: Arc::default(),
         }
+    }
+
+    /// That of a pod's sandbox.
+    pub(super) fn pause(reporter: Reporter) -> io::Result<Self> {
+        let own_program = File::open(OWN_PROGRAM)?;
+        Ok(Self {
+            pause: Some(Arc::new(own_program)),
+            ..Self::new(reporter, None, None)
+        })
     }
 
     /// libcontainer reports this too, in more words; the agent keeps the first report.
@@ -74,6 +87,11 @@ impl Program {
     }
 
     fn execute(&self, process: &Process) -> Result<(), String> {
+        if let Some(own_program) = &self.pause {
+            self.reporter.tell(&Report::Executing);
+            let error = pause::execute(own_program);
+            return Err(format!("the pod's sandbox: {}", describe(error)));
+        }
         let path = self
             .path
             .lock()
@@ -107,6 +125,9 @@ impl Program {
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        if self.pause.is_some() {
+            return Ok(());
+        }
         let process = spec.process().as_ref();
         let name = process.and_then(|process| process.args().as_ref()?.first());
         let found = match (process, name) {

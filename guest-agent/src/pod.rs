@@ -1,0 +1,284 @@
+//! What the containers of a pod share: the namespaces of its sandbox, and the volumes in the guest's memory.
+//!
+//! ```text
+//! /run/husk/pod/ns/{ipc,pid,uts}   the sandbox's namespaces, as long as the sandbox exists
+//! /run/husk/pod/volumes/<name>     a tmpfs each, as long as the guest
+//! /run/husk/pod/folders/<n>        a folder of a volume, as long as the container that mounts it
+//! ```
+
+use std::collections::HashSet;
+use std::fs::{self, File, Permissions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use husk_protocol::{POD_NAMESPACES, POD_VOLUMES, agent};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::unistd::Pid;
+use oci_spec::runtime::Spec;
+use pathrs::Root;
+use pathrs::flags::OpenFlags;
+
+use crate::error::{During, Error, Result};
+
+/// The namespaces that containers of a pod may have in common. Network and cgroup root are the guest's.
+const NAMESPACES: [&str; 3] = ["ipc", "pid", "uts"];
+
+/// Where folders of volumes are mounted, see [`Volumes::locate`].
+const FOLDERS: &str = "/run/husk/pod/folders";
+
+/// Mounts that are taken down when this is dropped.
+#[derive(Debug, Default)]
+pub(crate) struct Mounts {
+    points: Vec<PathBuf>,
+}
+
+impl Mounts {
+    /// Keeps the namespaces of process `pid`. By its number alone they could not be named: it is free for another
+    /// process once this one has ended.
+    pub(crate) fn of_namespaces(pid: Pid) -> Result<Self> {
+        let mut mounts = Self::default();
+        for name in NAMESPACES {
+            let point = Path::new(POD_NAMESPACES).join(name);
+            fs::create_dir_all(POD_NAMESPACES)
+                .and_then(|()| File::create(&point))
+                .during(format!("creating {}", point.display()))?;
+            mounts.bind(Path::new(&format!("/proc/{pid}/ns/{name}")), point)?;
+        }
+        Ok(mounts)
+    }
+
+    fn bind(&mut self, source: &Path, point: PathBuf) -> Result<()> {
+        mount(
+            Some(source),
+            &point,
+            None::<&str>,
+            MsFlags::MS_BIND,
+            None::<&str>,
+        )
+        .during(format!("mounting {}", point.display()))?;
+        self.points.push(point);
+        Ok(())
+    }
+}
+
+impl Drop for Mounts {
+    fn drop(&mut self) {
+        for point in &self.points {
+            let removed = umount2(point, MntFlags::MNT_DETACH)
+                .map_err(Into::into)
+                .and_then(|()| {
+                    if point.is_dir() {
+                        fs::remove_dir(point)
+                    } else {
+                        fs::remove_file(point)
+                    }
+                });
+            if let Err(error) = removed {
+                tracing::warn!(%error, point = %point.display(), "a mount of the pod stays");
+            }
+        }
+    }
+}
+
+/// The volumes in the guest's memory.
+#[derive(Debug)]
+pub(crate) struct Volumes {
+    root: PathBuf,
+    made: Mutex<HashSet<String>>,
+    folders: AtomicU64,
+}
+
+impl Default for Volumes {
+    fn default() -> Self {
+        Self::at(Path::new(POD_VOLUMES))
+    }
+}
+
+impl Volumes {
+    fn at(root: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+            made: Mutex::default(),
+            folders: AtomicU64::new(0),
+        }
+    }
+
+    /// Makes those that are not there yet.
+    pub(crate) fn make(&self, volumes: &[agent::Volume]) -> Result<()> {
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        for volume in volumes {
+            if made.contains(&volume.name) {
+                continue;
+            }
+            let point = self.root.join(component(&volume.name)?);
+            let what = || format!("making the volume {}", volume.name);
+            fs::create_dir_all(&point).during(what())?;
+            let mut flags = MsFlags::empty();
+            if volume.inert {
+                flags |= MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+            }
+            let options = options_of(volume);
+            mount(
+                Some("tmpfs"),
+                &point,
+                Some("tmpfs"),
+                flags,
+                Some(options.as_str()),
+            )
+            .during(what())?;
+            made.insert(volume.name.clone());
+        }
+        Ok(())
+    }
+
+    /// Finds the folders of volumes that the mounts of `spec` name, and makes those that are missing, as the host's
+    /// kubelet does for a `subPath` on the host. What containers have put into the volume must not lead out of it, now or
+    /// between this and the mount: a folder is resolved once, below the volume, and mounted where no container reaches.
+    pub(crate) fn locate(&self, spec: &mut Spec) -> Result<Mounts> {
+        let mut mounts = Mounts::default();
+        for mount in spec.mounts_mut().iter_mut().flatten() {
+            let Some(path) = mount
+                .source()
+                .as_ref()
+                .and_then(|source| source.strip_prefix(&self.root).ok())
+            else {
+                continue;
+            };
+            let mut components = path.components();
+            let volume = match components.next() {
+                Some(Component::Normal(name)) => self.root.join(name),
+                _ => return Err(Error::Invalid("a mount names no volume".to_owned())),
+            };
+            let folder = components.as_path();
+            if folder.as_os_str().is_empty() {
+                continue;
+            }
+            let folder = folder_in(&volume, folder)?;
+            let number = self.folders.fetch_add(1, Ordering::Relaxed);
+            let point = Path::new(FOLDERS).join(number.to_string());
+            fs::create_dir_all(&point).during(format!("creating {}", point.display()))?;
+            let source = format!("/proc/self/fd/{}", folder.as_raw_fd());
+            mounts.bind(Path::new(&source), point.clone())?;
+            mount.set_source(Some(point));
+        }
+        Ok(mounts)
+    }
+}
+
+/// Opens the folder `path` of a volume, as a container would resolve it; makes it if it is missing, open to the same as
+/// the volume.
+fn folder_in(volume: &Path, path: &Path) -> Result<File> {
+    let find = || -> std::result::Result<File, pathrs::error::Error> {
+        let root = Root::open(volume)?;
+        let flags = OpenFlags::O_DIRECTORY | OpenFlags::O_CLOEXEC;
+        if let Ok(folder) = root.open_subpath(path, flags) {
+            return Ok(folder);
+        }
+        let mode = fs::metadata(volume).map_or(0o755, |volume| volume.mode() & 0o7777);
+        let folder = root
+            .mkdir_all(path, &Permissions::from_mode(0o755))?
+            .reopen(flags)?;
+        // Not by mkdir: the agent's mask would take from it.
+        if let Err(error) = folder.set_permissions(Permissions::from_mode(mode)) {
+            tracing::warn!(%error, "a folder of a volume is not open to all that the volume is");
+        }
+        Ok(folder)
+    };
+    find().map_err(|error| Error::Io {
+        what: format!("finding {} in its volume", path.display()),
+        source: std::io::Error::other(error.to_string()),
+    })
+}
+
+/// What mount(2) takes for a volume.
+fn options_of(volume: &agent::Volume) -> String {
+    format!(
+        "size={},mode={:o},uid={},gid={}",
+        volume.size,
+        volume.mode & 0o7777,
+        volume.uid,
+        volume.gid
+    )
+}
+
+/// The name of a volume is a name, not a path.
+fn component(name: &str) -> Result<&Path> {
+    let path = Path::new(name);
+    let mut components = path.components();
+    match (components.next(), components.next()) {
+        (Some(Component::Normal(only)), None) if only == name => Ok(path),
+        _ => Err(Error::Invalid(format!(
+            "{name:?} cannot be the name of a volume"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec(source: &Path) -> Spec {
+        serde_json::from_value(json!({
+            "ociVersion": "1.1.0",
+            "mounts": [{ "destination": "/v", "type": "bind", "source": source }],
+        }))
+        .expect("a fair specification")
+    }
+
+    #[test]
+    fn volume_is_as_large_and_as_open_as_on_the_host() {
+        let volume = agent::Volume {
+            size: 1 << 20,
+            mode: 0o2777,
+            gid: 2000,
+            ..Default::default()
+        };
+        assert_eq!(options_of(&volume), "size=1048576,mode=2777,uid=0,gid=2000");
+    }
+
+    #[test]
+    fn name_of_a_volume_is_no_path() {
+        for name in ["", ".", "..", "a/b", "/a", "a/"] {
+            assert!(component(name).is_err(), "{name:?}");
+        }
+        assert!(component("0:45").is_ok());
+    }
+
+    #[test]
+    fn whole_volumes_and_other_mounts_stay_as_they_are() {
+        let root = tempfile::tempdir().expect("a folder");
+        let volumes = Volumes::at(root.path());
+        for source in [root.path().join("a"), PathBuf::from("/elsewhere/a/b")] {
+            let mut spec = spec(&source);
+            volumes.locate(&mut spec).expect("nothing to find");
+            let mounts = spec.mounts().as_ref().expect("one");
+            assert_eq!(mounts[0].source().as_ref(), Some(&source));
+        }
+    }
+
+    #[test]
+    fn folder_of_a_volume_is_made_as_open_as_the_volume() {
+        let volume = tempfile::tempdir().expect("a folder");
+        fs::set_permissions(volume.path(), Permissions::from_mode(0o777)).expect("ours");
+        folder_in(volume.path(), Path::new("a/b")).expect("it can be made");
+        let made = fs::metadata(volume.path().join("a/b")).expect("it is made");
+        assert_eq!(made.mode() & 0o7777, 0o777);
+    }
+
+    #[test]
+    fn folder_of_a_volume_cannot_lead_out_of_it() {
+        let volume = tempfile::tempdir().expect("a folder");
+        fs::create_dir(volume.path().join("etc")).expect("a folder");
+        symlink("/etc", volume.path().join("link")).expect("a link");
+        let found = folder_in(volume.path(), Path::new("link")).expect("resolved as in a root");
+        let inside = fs::metadata(volume.path().join("etc")).expect("it is there");
+        assert_eq!(found.metadata().expect("open").ino(), inside.ino());
+    }
+}
