@@ -10,10 +10,11 @@ use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
 use crate::bus::Buses;
-use crate::config::{ShareConfig, VmConfig};
+use crate::config::{NicConfig, ShareConfig, VmConfig, format_mac};
 use crate::devices::block::{BlockConfig, BlockDevice};
 use crate::devices::console::ConsoleDevice;
 use crate::devices::fs::{FsDevice, Share, Tag};
+use crate::devices::net::NetDevice;
 use crate::devices::rng::RngDevice;
 use crate::devices::vsock::{VsockConfig, VsockDevice, VsockHandle};
 use crate::end::End;
@@ -30,6 +31,7 @@ use crate::platform::serial::{SerialPort, SerialState};
 use crate::snapshot::RestoreError;
 use crate::virtio::VirtioDevice;
 use crate::virtio::worker::ThreadSetup;
+use crate::vmm::NicFiles;
 
 /// What the devices are made from.
 #[derive(Debug)]
@@ -39,6 +41,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) console: File,
     /// One for each disk of the configuration.
     pub(crate) disks: Vec<File>,
+    /// One for each network device of the configuration.
+    pub(crate) nics: Vec<NicFiles>,
     pub(crate) memory: &'a GuestMemoryMmap,
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
     pub(crate) end: &'a Arc<End>,
@@ -246,7 +250,24 @@ fn add_virtio_devices(
         let serial = disk.serial.clone();
         slots.add(block, move |into| metrics.collect(&serial, into))?;
     }
+
+    for (nic, files) in config.nics.iter().zip(parts.nics) {
+        add_nic(slots, nic, files, setup)?;
+    }
     Ok(vsock_handle)
+}
+
+fn add_nic(
+    slots: &mut Slots<'_>,
+    config: &NicConfig,
+    files: NicFiles,
+    setup: ThreadSetup,
+) -> Result<(), Error> {
+    let address = format_mac(&config.mac);
+    let net = NetDevice::new(config, files, setup)
+        .map_err(|err| broken(&format!("network ({address})"), err))?;
+    let metrics = net.metrics();
+    slots.add(net, move |into| metrics.collect(&address, into))
 }
 
 /// The PCI bus while it fills.

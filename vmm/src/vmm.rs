@@ -217,6 +217,7 @@ impl Vmm {
                 config,
                 console: machine.console,
                 disks: machine.disks,
+                nics: machine.nics,
                 memory: &memory,
                 hypervisor: vm.clone(),
                 end: &end,

@@ -14,7 +14,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use super::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};
 
 /// How long a device may take to answer.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -48,6 +48,7 @@ pub(crate) struct FakeInterrupt {
 #[derive(Debug, Default, Clone)]
 struct Seen {
     queues: HashMap<u16, u64>,
+    config_changes: u64,
     needs_reset: bool,
 }
 
@@ -80,6 +81,7 @@ impl Interrupt for FakeInterrupt {
     }
 
     fn config_change(&self) {
+        self.seen.lock().unwrap().config_changes += 1;
         self.changed.notify_all();
     }
 
@@ -218,14 +220,21 @@ impl Driver {
 
     /// Activates a device on queues that were paused.
     pub(crate) fn reactivate(&self, device: &mut dyn VirtioDevice, queues: Vec<ActiveQueue>) {
-        device
-            .activate(Activation {
-                memory: self.memory.clone(),
-                features: self.features,
-                queues,
-                interrupt: self.interrupt.clone(),
-            })
-            .unwrap();
+        self.try_reactivate(device, queues).unwrap();
+    }
+
+    /// As [`Self::reactivate`], for a device that may refuse.
+    pub(crate) fn try_reactivate(
+        &self,
+        device: &mut dyn VirtioDevice,
+        queues: Vec<ActiveQueue>,
+    ) -> Result<(), ActivateError> {
+        device.activate(Activation {
+            memory: self.memory.clone(),
+            features: self.features,
+            queues,
+            interrupt: self.interrupt.clone(),
+        })
     }
 
     /// Sends one chain and waits for its return.
@@ -294,7 +303,8 @@ impl Driver {
         self.make_raw_available(queue, &chain, placed)
     }
 
-    fn make_raw_available(
+    /// Puts a chain of descriptors as they are into the available ring; `buffers` is what is known of its memory.
+    pub(crate) fn make_raw_available(
         &mut self,
         queue: u16,
         chain: &[RawDescriptor],
@@ -381,7 +391,7 @@ impl Driver {
     }
 
     /// The chain that returned first, if one has.
-    fn try_any_used(&mut self, queue: u16) -> Option<Used> {
+    pub(crate) fn try_any_used(&mut self, queue: u16) -> Option<Used> {
         self.collect(queue);
         let done = &mut self.queues.get_mut(&queue).unwrap().done;
         done.pop_front().map(|(_, used)| used)
@@ -401,6 +411,13 @@ impl Driver {
     pub(crate) fn wait_needs_reset(&self) {
         self.interrupt
             .wait("reset request", |seen| seen.needs_reset);
+    }
+
+    /// Waits until the device says that its configuration space has changed.
+    pub(crate) fn wait_config_change(&self) {
+        self.interrupt.wait("change of the configuration", |seen| {
+            seen.config_changes > 0
+        });
     }
 
     /// Takes what the used ring has, and asks for an interrupt at the next entry.

@@ -64,6 +64,10 @@ fn compile(role: Role) -> Result<BpfProgram, BackendError> {
                     allow(&mut rules, BLOCK);
                     allow_ioctls(&mut rules, BLOCK_IOCTLS)?;
                 }
+                DeviceType::Net => {
+                    allow(&mut rules, NET);
+                    allow_ioctls(&mut rules, NET_IOCTLS)?;
+                }
                 DeviceType::Vsock => allow(&mut rules, VSOCK),
                 _ => {}
             }
@@ -211,6 +215,12 @@ const BLOCK_IOCTLS: &[u64] = &[
     0x127F, // BLKZEROOUT
 ];
 
+/// `writev` every thread has.
+const NET: &[i64] = &[libc::SYS_readv];
+
+/// What a driver may ask of a tap: checksums and segmentation, and the number of queues.
+const NET_IOCTLS: &[u64] = &[libc::TUNSETOFFLOAD, libc::TUNSETQUEUE];
+
 const VSOCK: &[i64] = &[
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
@@ -261,10 +271,11 @@ const FILE_SERVER: &[i64] = &[
 mod tests {
     use super::*;
 
-    const DEVICES: [DeviceType; 5] = [
+    const DEVICES: [DeviceType; 6] = [
         DeviceType::Block,
         DeviceType::Console,
         DeviceType::Fs,
+        DeviceType::Net,
         DeviceType::Rng,
         DeviceType::Vsock,
     ];
@@ -285,6 +296,7 @@ mod tests {
             VCPU,
             DEVICE,
             BLOCK,
+            NET,
             VSOCK,
             FILE_SERVER,
         ];
