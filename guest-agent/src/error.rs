@@ -45,6 +45,8 @@ pub(crate) enum Error {
     NoFolder { path: String },
     #[error("no connection for a standard stream came from port {port} within {seconds} s")]
     NoStream { port: u32, seconds: u64 },
+    #[error("the guest has got no interface {names} within {seconds} s")]
+    NoInterface { names: String, seconds: u64 },
     /// What the process that builds containers, or the program's own start, reported.
     #[error("{0}")]
     Launch(String),
@@ -83,6 +85,7 @@ impl Error {
             | Self::NoDevice { .. }
             | Self::NoFolder { .. } => Code::INVALID_ARGUMENT,
             Self::NoStream { .. }
+            | Self::NoInterface { .. }
             | Self::Launch(_)
             | Self::Cgroup { .. }
             | Self::TooSlow { .. }

@@ -13,6 +13,7 @@ mod error;
 mod init;
 mod launch;
 mod logging;
+mod network;
 mod pause;
 mod pod;
 mod process;

@@ -10,8 +10,8 @@ use husk_protocol::agent::{
     ExecProcessResponse, ListProcessesRequest, ListProcessesResponse, PauseContainerRequest,
     Process, RemoveContainerRequest, RemoveProcessRequest, ResizeTtyRequest,
     ResumeContainerRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
-    StatsContainerResponse, Stdio, UpdateContainerRequest, WaitOomRequest, WaitOomResponse,
-    WaitProcessRequest, WaitProcessResponse,
+    StatsContainerResponse, Stdio, UpdateContainerRequest, UpdateNetworkRequest, WaitOomRequest,
+    WaitOomResponse, WaitProcessRequest, WaitProcessResponse,
 };
 use husk_protocol::agent_ttrpc::{Agent, create_agent};
 use nix::unistd::Pid;
@@ -22,6 +22,7 @@ use ttrpc::asynchronous::{Server, TtrpcContext};
 
 use crate::container::{self, Containers, Creation};
 use crate::error::{Error, Result};
+use crate::network;
 use crate::process::{self, StdioRequest};
 use crate::signals::Signal;
 use crate::streams::Ports;
@@ -258,6 +259,15 @@ impl Agent for Service {
             oom_kills,
             ..Default::default()
         })
+    }
+
+    async fn update_network(
+        &self,
+        _context: &TtrpcContext,
+        request: UpdateNetworkRequest,
+    ) -> TtrpcResult<Empty> {
+        network::update(&request).await?;
+        Ok(Empty::new())
     }
 }
 
