@@ -9,7 +9,8 @@ use husk_protocol::agent::{
     CreateContainerRequest, ExecProcessRequest, ListProcessesRequest, PauseContainerRequest,
     Process, RemoveContainerRequest, RemoveProcessRequest, ResizeTtyRequest,
     ResumeContainerRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
-    StatsContainerResponse, UpdateContainerRequest, WaitOomRequest, WaitProcessRequest,
+    StatsContainerResponse, UpdateContainerRequest, UpdateNetworkRequest, WaitOomRequest,
+    WaitProcessRequest,
 };
 use husk_protocol::agent_ttrpc::AgentClient;
 use log::warn;
@@ -262,6 +263,15 @@ impl Agent {
         )
         .await
         .map(|answer| answer.oom_kills)
+    }
+
+    pub(crate) async fn update_network(&self, request: &UpdateNetworkRequest) -> Result<(), Error> {
+        self.call(
+            "UpdateNetwork",
+            self.client.update_network(Context::default(), request),
+        )
+        .await
+        .map(drop)
     }
 
     async fn call<T>(

@@ -11,6 +11,8 @@ use containerd_shim::protos::ttrpc::{self, Code, error::get_rpc_status};
 use husk_config::ConfigError;
 use nix::errno::Errno;
 
+use crate::network::NetworkError;
+
 /// An error of the task service.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -104,6 +106,12 @@ pub(crate) enum Error {
         #[source]
         source: io::Error,
     },
+    #[error("network namespace {} cannot be given to a VM", namespace.display())]
+    Network {
+        namespace: PathBuf,
+        #[source]
+        source: NetworkError,
+    },
     #[error("cannot start the VM's worker process")]
     SpawnWorker(#[source] io::Error),
     #[error("cannot speak with the VM's worker process")]
@@ -170,6 +178,7 @@ impl Error {
             | Self::Logger { .. }
             | Self::Hook { .. }
             | Self::GuestFile { .. }
+            | Self::Network { .. }
             | Self::SpawnWorker(_)
             | Self::WorkerSocket(_)
             | Self::WorkerProtocol { .. }

@@ -7,6 +7,7 @@ mod container;
 mod error;
 mod events;
 mod hooks;
+mod network;
 mod options;
 mod process;
 mod sandbox;

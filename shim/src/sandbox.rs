@@ -12,6 +12,7 @@ use tokio::sync::{OnceCell, watch};
 use crate::container::Container;
 use crate::error::Error;
 use crate::events::Events;
+use crate::network::{Network, Wanted};
 use crate::spec::VmSize;
 use crate::storage::Share;
 use crate::vm::Vm;
@@ -97,16 +98,18 @@ impl Sandbox {
         lock(&self.containers).is_empty()
     }
 
-    /// The sandbox's VM; boots it if there is none yet.
+    /// The sandbox's VM; boots it, with the network that is wanted, if there is none yet.
     pub(crate) async fn vm(
         &self,
         config: &husk_config::Vm,
         size: VmSize,
+        network: &Wanted<'_>,
     ) -> Result<Arc<Vm>, Error> {
         let cell = lock(&self.vm).clone();
         let vm = cell
             .get_or_try_init(async || {
-                Vm::boot(config, size, &self.share.exported())
+                let network = Network::set_up(network).await?;
+                Vm::boot(config, size, &self.share.exported(), network)
                     .await
                     .map(Arc::new)
             })

@@ -35,11 +35,12 @@ use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::events::Events;
+use crate::network;
 use crate::process::KILLED;
 use crate::sandbox::Sandbox;
 use crate::service::TaskService;
 use crate::storage::Share;
-use crate::task::create::WORKER_PID_FILE;
+use crate::task::create::{NETWORK_FILE, WORKER_PID_FILE};
 use crate::vmm::WORKER_ROLE;
 
 /// The name by which containerd selects this runtime.
@@ -316,6 +317,11 @@ fn delete(flags: &Flags) -> Result<DeleteResponse, StartError> {
         if !address.is_empty() {
             remove_file(socket_path(&address));
         }
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(StartError::Runtime)?
+            .block_on(network::remove_recorded(&bundle.join(NETWORK_FILE)));
     }
     // Nothing of ours is mounted in the host's namespace. If somebody else did, the bundle must still be removable.
     let _ = umount2(

@@ -29,6 +29,7 @@ use tokio::task::JoinHandle;
 use crate::agent::Agent;
 use crate::console::{LastLines, follow};
 use crate::error::Error;
+use crate::network::Network;
 use crate::spec::VmSize;
 use crate::vmm::{self, Worker};
 
@@ -70,40 +71,61 @@ pub(crate) struct Vm {
     agent: Agent,
     end: End,
     stopped: Arc<AtomicBool>,
+    network: Network,
     phases: Phases,
 }
 
 /// Where the time of a boot went.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Phases {
+    network: Duration,
     worker_spawn: Duration,
     vm_boot: Duration,
     ready: Duration,
     connect: Duration,
+    configure: Duration,
 }
 
 impl std::fmt::Display for Phases {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             formatter,
-            "worker_spawn={}ms vm_boot={}ms ready={}ms connect={}ms",
+            "network={}ms worker_spawn={}ms vm_boot={}ms ready={}ms connect={}ms configure={}ms",
+            self.network.as_millis(),
             self.worker_spawn.as_millis(),
             self.vm_boot.as_millis(),
             self.ready.as_millis(),
-            self.connect.as_millis()
+            self.connect.as_millis(),
+            self.configure.as_millis()
         )
     }
 }
 
 impl Vm {
-    /// Boots a VM that sees the folder `share`, and connects to its agent.
+    /// Boots a VM that sees the folder `share`, connects to its agent, and gives it the network.
     ///
-    /// Has to be called on the main thread, see [`vmm::spawn`]. On failure nothing is left.
+    /// Has to be called on the main thread, see [`vmm::spawn`]. On failure nothing is left, nor of the network.
     pub(crate) async fn boot(
         config: &husk_config::Vm,
         size: VmSize,
         share: &Path,
+        mut network: Network,
     ) -> Result<Self, Error> {
+        match Self::start(config, size, share, &mut network).await {
+            Ok((starting, agent, phases)) => Ok(starting.into_vm(agent, network, phases)),
+            Err(err) => {
+                network.remove().await;
+                Err(err)
+            }
+        }
+    }
+
+    async fn start(
+        config: &husk_config::Vm,
+        size: VmSize,
+        share: &Path,
+        network: &mut Network,
+    ) -> Result<(Starting, Agent, Phases), Error> {
         let kernel = open_guest_file("kernel", config.kernel())?;
         let initramfs = open_guest_file("initramfs", config.initramfs())?;
 
@@ -123,33 +145,40 @@ impl Vm {
                 path: share.to_owned(),
             }],
             disks: Vec::new(),
-            nics: Vec::new(),
+            nics: network.nics(),
             guest_cid: GUEST_CID,
             ready_port: READY_PORT,
         };
-        let files = [kernel.as_fd(), initramfs.as_fd(), console_writer.as_fd()];
+        let mut files = vec![kernel.as_fd(), initramfs.as_fd(), console_writer.as_fd()];
+        files.extend(network.descriptors());
         let limit = config.boot_timeout();
         let booted = starting.boot(vm_config, &files, limit).await;
         // The worker has its copies.
         drop((kernel, initramfs, console_writer));
+        network.close();
         let started = async {
             booted?;
             let booted = Instant::now();
             starting.ready(limit).await?;
             let ready = Instant::now();
             let stream = starting.connect_agent().await?;
-            Ok((booted, ready, stream))
+            let connected = Instant::now();
+            let agent = Agent::new(stream, starting.end.clone());
+            if let Some(request) = network.guest() {
+                agent.update_network(request).await?;
+            }
+            let phases = Phases {
+                network: network.took(),
+                worker_spawn: spawned - begin,
+                vm_boot: booted - spawned,
+                ready: ready - booted,
+                connect: connected - ready,
+                configure: connected.elapsed(),
+            };
+            Ok((agent, phases))
         };
         match started.await {
-            Ok((booted, ready, stream)) => {
-                let phases = Phases {
-                    worker_spawn: spawned - begin,
-                    vm_boot: booted - spawned,
-                    ready: ready - booted,
-                    connect: ready.elapsed(),
-                };
-                Ok(starting.into_vm(stream, phases))
-            }
+            Ok((agent, phases)) => Ok((starting, agent, phases)),
             Err(err) => {
                 starting.stop().await;
                 Err(err)
@@ -166,11 +195,14 @@ impl Vm {
             agent,
             end,
             stopped: Arc::default(),
+            network: Network::default(),
             phases: Phases {
+                network: Duration::ZERO,
                 worker_spawn: Duration::ZERO,
                 vm_boot: Duration::ZERO,
                 ready: Duration::ZERO,
                 connect: Duration::ZERO,
+                configure: Duration::ZERO,
             },
         }
     }
@@ -213,11 +245,12 @@ impl Vm {
         }
     }
 
-    /// Ends the VM and returns when its worker is gone. May be called more than once.
+    /// Ends the VM and returns when its worker is gone and its network given back. May be called more than once.
     pub(crate) async fn stop(&self) {
         self.stopped.store(true, Ordering::Relaxed);
         self.worker.0.close();
         self.end.wait().await;
+        self.network.remove().await;
     }
 }
 
@@ -329,13 +362,14 @@ impl Starting {
         self.end.wait().await;
     }
 
-    fn into_vm(self, stream: UnixStream, phases: Phases) -> Vm {
+    fn into_vm(self, agent: Agent, network: Network, phases: Phases) -> Vm {
         Vm {
-            agent: Agent::new(stream, self.end.clone()),
+            agent,
             worker: self.worker,
             pid: self.pid,
             end: self.end,
             stopped: self.stopped,
+            network,
             phases,
         }
     }
@@ -442,7 +476,7 @@ mod tests {
             vcpus: 1,
             memory_mib: 512,
         };
-        let err = Vm::boot(config.vm(), size, Path::new("/"))
+        let err = Vm::boot(config.vm(), size, Path::new("/"), Network::default())
             .await
             .unwrap_err();
         assert_eq!(

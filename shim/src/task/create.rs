@@ -14,6 +14,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Process as OciProcess, Spec};
 use crate::container::{Container, Parts};
 use crate::error::Error;
 use crate::hooks::{self, HookState};
+use crate::network;
 use crate::options;
 use crate::process::{Process, TtySize};
 use crate::sandbox::Sandbox;
@@ -22,6 +23,10 @@ use crate::streams::{self, Ends, LogIdentity, Ports, Stdio};
 
 /// Written to the bundle, so that the `delete` action finds the worker of a shim that is gone.
 pub(crate) const WORKER_PID_FILE: &str = "worker.pid";
+
+/// Written to the bundle of the first container, so that the `delete` action finds the network namespace in which a shim
+/// that is gone has changed something.
+pub(crate) const NETWORK_FILE: &str = "network";
 
 const MEMINFO: &str = "/proc/meminfo";
 
@@ -72,9 +77,18 @@ impl Sandbox {
     /// Everything up to the container; what it holds is in the returned value, or given back.
     async fn build(&self, request: Create) -> Result<Container, Error> {
         let begin = Instant::now();
-        let config = options::config(request.options.as_ref())?;
         let spec = load_spec(&request.bundle)?;
+        let annotations = spec.annotations().iter().flatten();
+        let config = options::config(request.options.as_ref())?
+            .with_annotations(annotations.map(|(name, value)| (name.as_str(), value.as_str())))
+            .map_err(Error::Config)?;
         let size = spec::vm_size(&spec, config.vm(), host_size()?);
+        let network = network::Wanted {
+            place: network::Place::of(&spec),
+            config: config.network(),
+            vcpus: size.vcpus,
+            record: &request.bundle.join(NETWORK_FILE),
+        };
         let oci_version = spec.version().clone();
         let own_pid_namespace = has_own_pid_namespace(&spec);
         let Divided {
@@ -88,7 +102,7 @@ impl Sandbox {
         // The guest boots while the host mounts.
         let first = self.running_vm().is_none();
         let (vm, storage, ends) = tokio::join!(
-            self.vm(config.vm(), size),
+            self.vm(config.vm(), size, &network),
             self.share().prepare(
                 &request.id,
                 request.rootfs,
