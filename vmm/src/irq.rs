@@ -72,6 +72,12 @@ impl Interrupts {
             })
     }
 
+    fn unbind(&self, event: &EventFd, gsi: u32) {
+        if let Err(err) = self.hypervisor.unbind_irqfd(event, gsi) {
+            log::warn!("cannot disconnect interrupt {gsi}: {err}");
+        }
+    }
+
     /// Says what message a GSI sends.
     fn route(&self, gsi: u32, message: MsiMessage) -> Result<(), Error> {
         let mut messages = self.lock();
@@ -152,6 +158,17 @@ impl MsiInterrupt {
         let _ = self.event.write(1);
     }
 
+    /// Lets `event` raise it too, which somebody else writes to; what was written before counts. After the first
+    /// [`Self::route`].
+    pub(crate) fn bind(&self, event: &EventFd) -> Result<(), Error> {
+        self.interrupts.bind(event, self.gsi)
+    }
+
+    /// Undoes [`Self::bind`]. What is written to `event` from then on stays in it.
+    pub(crate) fn unbind(&self, event: &EventFd) {
+        self.interrupts.unbind(event, self.gsi);
+    }
+
     /// The eventfd that raises it, for tests.
     #[cfg(test)]
     pub(crate) fn event(&self) -> &EventFd {
@@ -161,13 +178,8 @@ impl MsiInterrupt {
 
 impl Drop for MsiInterrupt {
     fn drop(&mut self) {
-        if self.bound
-            && let Err(err) = self
-                .interrupts
-                .hypervisor
-                .unbind_irqfd(&self.event, self.gsi)
-        {
-            log::warn!("cannot disconnect interrupt {}: {err}", self.gsi);
+        if self.bound {
+            self.unbind(&self.event);
         }
         // The route stays in KVM's table until the next change; nothing raises it any more.
         self.interrupts.lock().remove(&self.gsi);

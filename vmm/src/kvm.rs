@@ -172,6 +172,7 @@ impl Hypervisor for KvmVm {
 #[cfg(test)]
 pub(crate) mod testing {
     use std::collections::BTreeSet;
+    use std::os::fd::{AsRawFd, RawFd};
     use std::sync::Mutex;
 
     use super::*;
@@ -180,7 +181,8 @@ pub(crate) mod testing {
     #[derive(Debug, Default)]
     pub(crate) struct FakeHypervisor {
         routes: Mutex<(usize, Vec<kvm_irq_routing_entry>)>,
-        irqfds: Mutex<BTreeSet<u32>>,
+        /// GSI and eventfd.
+        irqfds: Mutex<BTreeSet<(u32, RawFd)>>,
         doorbells: Mutex<BTreeSet<u64>>,
     }
 
@@ -193,9 +195,10 @@ pub(crate) mod testing {
             self.routes.lock().unwrap().0
         }
 
-        /// GSIs that have an irqfd.
+        /// GSIs that have an irqfd, as often as they have one.
         pub(crate) fn irqfds(&self) -> Vec<u32> {
-            self.irqfds.lock().unwrap().iter().copied().collect()
+            let irqfds = self.irqfds.lock().unwrap();
+            irqfds.iter().map(|(gsi, _)| *gsi).collect()
         }
 
         /// Addresses that have an ioeventfd.
@@ -219,12 +222,17 @@ pub(crate) mod testing {
             Ok(())
         }
 
-        fn bind_irqfd(&self, _event: &EventFd, gsi: u32) -> Result<(), errno::Error> {
-            changed(self.irqfds.lock().unwrap().insert(gsi))
+        fn bind_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), errno::Error> {
+            changed(self.irqfds.lock().unwrap().insert((gsi, event.as_raw_fd())))
         }
 
-        fn unbind_irqfd(&self, _event: &EventFd, gsi: u32) -> Result<(), errno::Error> {
-            changed(self.irqfds.lock().unwrap().remove(&gsi))
+        fn unbind_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), errno::Error> {
+            changed(
+                self.irqfds
+                    .lock()
+                    .unwrap()
+                    .remove(&(gsi, event.as_raw_fd())),
+            )
         }
 
         fn bind_doorbell(&self, _event: &EventFd, address: u64) -> Result<(), errno::Error> {

@@ -1,8 +1,12 @@
 //! MSI-X: the table of messages that the guest programs, and the vectors that send them (PCI 3.0, 6.8.2).
 
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::Error;
 use crate::irq::{Interrupts, MsiInterrupt, MsiMessage};
@@ -42,11 +46,56 @@ impl Vector {
     }
 }
 
+/// An eventfd by which somebody outside of this process raises a vector. While that cannot send, the eventfd is not
+/// connected, and holds what is pending.
+#[derive(Debug)]
+struct Call {
+    event: EventFd,
+    /// The vector that it raises; there may be none of this number.
+    vector: u16,
+    connected: bool,
+}
+
+impl Call {
+    fn connect(&mut self, interrupt: &MsiInterrupt) {
+        if self.connected {
+            return;
+        }
+        match interrupt.bind(&self.event) {
+            Ok(()) => self.connected = true,
+            Err(err) => log::error!("an interrupt of the guest is lost: {err}"),
+        }
+    }
+
+    fn disconnect(&mut self, interrupt: &MsiInterrupt) {
+        if std::mem::take(&mut self.connected) {
+            interrupt.unbind(&self.event);
+        }
+    }
+
+    fn is_pending(&self) -> bool {
+        !self.connected && is_readable(&self.event)
+    }
+}
+
+/// Whether an eventfd was written to, and not read since.
+fn is_readable(event: &EventFd) -> bool {
+    let mut descriptor = libc::pollfd {
+        fd: event.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one pollfd, which outlives the call.
+    unsafe { libc::poll(&raw mut descriptor, 1, 0) == 1 }
+}
+
 #[derive(Debug)]
 struct Table {
     enabled: bool,
     function_masked: bool,
     vectors: Vec<Vector>,
+    /// By queue.
+    calls: BTreeMap<u16, Call>,
 }
 
 impl Table {
@@ -56,17 +105,63 @@ impl Table {
 
     /// After a change of a mask or a message: tells KVM the message, and sends what was held back.
     fn refresh(&mut self, index: usize) {
-        if !self.can_send(&self.vectors[index]) {
+        let can_send = self.can_send(&self.vectors[index]);
+        let vector = &mut self.vectors[index];
+        let calls = self
+            .calls
+            .values_mut()
+            .filter(|call| usize::from(call.vector) == index);
+        if !can_send {
+            calls.for_each(|call| call.disconnect(&vector.interrupt));
             return;
         }
-        let vector = &mut self.vectors[index];
         if let Err(err) = vector.interrupt.route(vector.message()) {
             log::error!("an interrupt of the guest is lost: {err}");
             return;
         }
+        calls.for_each(|call| call.connect(&vector.interrupt));
         if std::mem::take(&mut vector.pending) {
             vector.interrupt.raise();
         }
+    }
+
+    /// Connects a call to the vector that it shall raise, if that can send.
+    fn connect_call(&mut self, queue: u16) {
+        if let Some(call) = self.calls.get(&queue)
+            && usize::from(call.vector) < self.vectors.len()
+        {
+            self.refresh(call.vector.into());
+        }
+    }
+
+    fn disconnect_call(&mut self, queue: u16) {
+        if let Some(call) = self.calls.get_mut(&queue)
+            && let Some(vector) = self.vectors.get(usize::from(call.vector))
+        {
+            call.disconnect(&vector.interrupt);
+        }
+    }
+
+    fn drop_calls(&mut self) {
+        for (_, mut call) in std::mem::take(&mut self.calls) {
+            if let Some(vector) = self.vectors.get(usize::from(call.vector)) {
+                call.disconnect(&vector.interrupt);
+            }
+        }
+    }
+
+    fn is_pending(&self, index: usize) -> bool {
+        self.vectors[index].pending
+            || self
+                .calls
+                .values()
+                .any(|call| usize::from(call.vector) == index && call.is_pending())
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        self.drop_calls();
     }
 }
 
@@ -102,6 +197,7 @@ impl Msix {
                 enabled: false,
                 function_masked: false,
                 vectors,
+                calls: BTreeMap::new(),
             }),
         })
     }
@@ -118,6 +214,39 @@ impl Msix {
             }
         }
         table.enabled
+    }
+
+    /// The eventfd by which somebody else raises `vector` for `queue`, the same one until [`Self::drop_calls`].
+    pub(super) fn call(&self, queue: u16, vector: u16) -> io::Result<EventFd> {
+        let mut table = self.lock();
+        if let Some(call) = table.calls.get(&queue) {
+            return call.event.try_clone();
+        }
+        let event = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)?;
+        let copy = event.try_clone()?;
+        let call = Call {
+            event,
+            vector,
+            connected: false,
+        };
+        table.calls.insert(queue, call);
+        table.connect_call(queue);
+        Ok(copy)
+    }
+
+    /// The guest has chosen another vector for `queue`: its call follows, if it has one.
+    pub(super) fn move_call(&self, queue: u16, vector: u16) {
+        let mut table = self.lock();
+        table.disconnect_call(queue);
+        if let Some(call) = table.calls.get_mut(&queue) {
+            call.vector = vector;
+        }
+        table.connect_call(queue);
+    }
+
+    /// Forgets all calls.
+    pub(super) fn drop_calls(&self) {
+        self.lock().drop_calls();
     }
 
     /// The guest has written message control.
@@ -163,9 +292,9 @@ impl Msix {
     pub(super) fn read_pending(&self, offset: usize, data: &mut [u8]) {
         let table = self.lock();
         for (at, byte) in (offset..).zip(data) {
-            let vectors = table.vectors.iter().skip(at.saturating_mul(8)).take(8);
+            let vectors = (at.saturating_mul(8)..table.vectors.len()).take(8);
             *byte = vectors.enumerate().fold(0, |bits, (bit, vector)| {
-                bits | u8::from(vector.pending) << bit
+                bits | u8::from(table.is_pending(vector)) << bit
             });
         }
     }
@@ -176,7 +305,9 @@ impl Msix {
             enabled: table.enabled,
             function_masked: table.function_masked,
             entries: table.vectors.iter().map(|vector| vector.entry).collect(),
-            pending: table.vectors.iter().map(|vector| vector.pending).collect(),
+            pending: (0..table.vectors.len())
+                .map(|vector| table.is_pending(vector))
+                .collect(),
         }
     }
 
@@ -300,6 +431,55 @@ mod tests {
         }
         assert!(msix.lock().vectors.iter().all(|v| v.entry == RESET_ENTRY));
         msix.read_pending(4088, &mut [0; 8]);
+    }
+
+    #[test]
+    fn a_call_is_connected_while_its_vector_can_send() {
+        let (msix, fake) = msix();
+        program(&msix, 1, 0x31);
+        let event = msix.call(0, 1).unwrap();
+        assert!(fake.irqfds().is_empty());
+        msix.set_control(CONTROL_ENABLE);
+        assert_eq!(fake.irqfds(), [25, 25]);
+        // The same one again.
+        msix.call(0, 1).unwrap().write(1).unwrap();
+        assert_eq!(event.read().unwrap(), 1);
+
+        msix.write_table(ENTRY_SIZE + 12, &VECTOR_MASKED.to_le_bytes());
+        assert_eq!(fake.irqfds(), [25]);
+        assert_eq!(pending(&msix), 0);
+        event.write(1).unwrap();
+        assert_eq!(pending(&msix), 0b10);
+        assert_eq!(msix.save().pending, [false, true, false]);
+        // KVM takes what is pending when it is connected again.
+        msix.write_table(ENTRY_SIZE + 12, &0u32.to_le_bytes());
+        assert_eq!(fake.irqfds(), [25, 25]);
+        assert_eq!(pending(&msix), 0);
+
+        msix.drop_calls();
+        assert_eq!(fake.irqfds(), [25]);
+    }
+
+    #[test]
+    fn a_call_follows_its_queue_to_another_vector() {
+        let (msix, fake) = msix();
+        program(&msix, 1, 0x31);
+        program(&msix, 2, 0x32);
+        msix.set_control(CONTROL_ENABLE);
+        msix.call(0, 1).unwrap();
+        msix.call(7, 1).unwrap();
+        assert_eq!(fake.irqfds(), [25, 25, 25, 26]);
+        msix.move_call(7, 2);
+        assert_eq!(fake.irqfds(), [25, 25, 26, 26]);
+        // No vector, as after a reset, or one that is masked.
+        msix.move_call(0, 0xffff);
+        assert_eq!(fake.irqfds(), [25, 26, 26]);
+        msix.move_call(7, 0);
+        assert_eq!(fake.irqfds(), [25, 26]);
+        // A queue without a call.
+        msix.move_call(3, 1);
+        drop(msix);
+        assert!(fake.irqfds().is_empty());
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! same queues; `reset` forgets them, so that a driver may start over (virtio 1.3, 2.1 and 2.4).
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use virtio_queue::Queue;
@@ -46,6 +47,14 @@ pub trait Interrupt: Send + Sync + fmt::Debug {
     /// Signals that the used ring of queue `index` has new entries. Whether the driver wants to know is for the
     /// caller to ask ([`virtio_queue::QueueT::needs_notification`]).
     fn queue(&self, index: u16);
+
+    /// An eventfd that does the same as [`Self::queue`] when it is written to, for who serves the queue outside of this
+    /// process. It is the same one each time, until the device is reset. To be called by [`VirtioDevice::activate`], on its
+    /// thread, which may bind interrupts.
+    ///
+    /// # Errors
+    /// When the eventfd cannot be made.
+    fn call(&self, index: u16) -> io::Result<EventFd>;
 
     /// Signals that the device's configuration space has changed (virtio 1.3, 2.3).
     fn config_change(&self);
@@ -90,7 +99,7 @@ pub enum ActivateError {
     },
     /// The worker thread or one of its descriptors could not be made.
     #[error("cannot start the worker of the device")]
-    Worker(#[source] std::io::Error),
+    Worker(#[source] io::Error),
 }
 
 /// A virtio device as the transport sees it.

@@ -75,6 +75,10 @@ impl FakeInterrupt {
 }
 
 impl Interrupt for FakeInterrupt {
+    fn call(&self, _index: u16) -> std::io::Result<EventFd> {
+        EventFd::new(libc::EFD_NONBLOCK)
+    }
+
     fn queue(&self, index: u16) {
         *self.seen.lock().unwrap().queues.entry(index).or_default() += 1;
         self.changed.notify_all();

@@ -65,8 +65,11 @@ pub trait Serve: Send + fmt::Debug + 'static {
         Ok(())
     }
 
-    /// Gives up what is held for the driver, which has reset the device: called last, instead of by whoever stops the
-    /// thread, which is a vCPU's, whose seccomp filter knows no device.
+    /// Takes the queues back from whoever serves them beside the thread. Called once before the thread gives itself
+    /// back: whoever stops it is a vCPU's thread, whose seccomp filter knows no device.
+    fn stop(&mut self) {}
+
+    /// Gives up what is held for the driver, which has reset the device: called after [`Self::stop`], for the same reason.
     fn reset(&mut self) {}
 }
 
@@ -246,6 +249,7 @@ fn park<S: Serve>(
             interrupt.needs_reset();
             wait_for(stop);
         }
+        serve.stop();
         if resets.load(Ordering::Acquire) {
             serve.reset();
         }
@@ -347,9 +351,10 @@ mod tests {
 
     use super::*;
 
-    /// Serves nothing, and notes on which thread it was reset.
+    /// Serves nothing, and notes on which thread it was stopped and reset.
     #[derive(Debug, Default)]
     struct Idle {
+        stopped_by: Option<ThreadId>,
         reset_by: Option<ThreadId>,
     }
 
@@ -364,6 +369,11 @@ mod tests {
             Ok(())
         }
 
+        fn stop(&mut self) {
+            assert_eq!(self.reset_by, None);
+            self.stopped_by = Some(thread::current().id());
+        }
+
         fn reset(&mut self) {
             self.reset_by = Some(thread::current().id());
         }
@@ -374,6 +384,9 @@ mod tests {
 
     impl Interrupt for NoInterrupt {
         fn queue(&self, _index: u16) {}
+        fn call(&self, _index: u16) -> io::Result<EventFd> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
         fn config_change(&self) {}
         fn needs_reset(&self) {}
     }
@@ -381,19 +394,20 @@ mod tests {
     #[test]
     fn reset_happens_on_the_device_s_thread_and_a_stop_is_none() {
         let mut worker = Worker::spawn("idle", DeviceType::Rng, |_| Ok(())).unwrap();
-        worker
-            .start(Idle::default(), Arc::new(NoInterrupt))
-            .unwrap();
-        assert_eq!(worker.stop().unwrap().reset_by, None);
-        worker
-            .start(Idle::default(), Arc::new(NoInterrupt))
-            .unwrap();
-        let by = worker.reset().unwrap().reset_by.expect("reset");
-        assert_ne!(by, thread::current().id());
+        let start = |worker: &mut Worker<Idle>| {
+            worker
+                .start(Idle::default(), Arc::new(NoInterrupt))
+                .unwrap();
+        };
+        start(&mut worker);
+        let stopped = worker.stop().unwrap();
+        assert_eq!(stopped.reset_by, None);
+        assert_ne!(stopped.stopped_by.expect("stopped"), thread::current().id());
+        start(&mut worker);
+        let reset = worker.reset().unwrap();
+        assert_eq!(reset.reset_by.expect("reset"), reset.stopped_by.unwrap());
         assert!(worker.reset().is_none());
-        worker
-            .start(Idle::default(), Arc::new(NoInterrupt))
-            .unwrap();
+        start(&mut worker);
         assert_eq!(worker.stop().unwrap().reset_by, None);
     }
 }

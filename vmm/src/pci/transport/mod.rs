@@ -248,8 +248,8 @@ impl VirtioPci {
         signals
             .config_vector
             .store(signals.vector_for(state.config_vector), Ordering::Release);
-        for (own, saved) in signals.queue_vectors.iter().zip(state.queue_vectors) {
-            own.store(signals.vector_for(saved), Ordering::Release);
+        for (queue, saved) in (0..).zip(state.queue_vectors) {
+            signals.set_queue_vector(queue, saved);
         }
         function.registers = state.registers;
         self.window.place(function.config.bar_address());
@@ -445,7 +445,6 @@ impl VirtioPci {
         let negotiating = status & STATUS_FEATURES_OK == 0;
         let configuring = status & STATUS_DRIVER_OK == 0;
         let registers = &mut function.registers;
-        let select = usize::from(registers.queue_select);
         match (offset, data) {
             (0x00, &[a, b, c, d]) => {
                 registers.device_feature_select = u32::from_le_bytes([a, b, c, d]);
@@ -468,10 +467,9 @@ impl VirtioPci {
             (0x14, &[value]) => self.set_status(function, value),
             (0x16, &[a, b]) => registers.queue_select = u16::from_le_bytes([a, b]),
             (0x1a, &[a, b]) => {
-                if let Some(own) = self.signals.queue_vectors.get(select) {
-                    let vector = self.signals.vector_for(u16::from_le_bytes([a, b]));
-                    own.store(vector, Ordering::Release);
-                }
+                let requested = u16::from_le_bytes([a, b]);
+                self.signals
+                    .set_queue_vector(registers.queue_select, requested);
             }
             _ if configuring => {
                 if let Some(queue) = registers.queue() {

@@ -1,6 +1,9 @@
 //! Status and interrupts of a function: what the device's thread and the vCPUs share.
 
+use std::io;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{STATUS_DRIVER_OK, STATUS_NEEDS_RESET};
 use crate::pci::msix::Msix;
@@ -55,6 +58,16 @@ impl Signals {
         for vector in &self.queue_vectors {
             vector.store(NO_VECTOR, Ordering::Release);
         }
+        self.msix.drop_calls();
+    }
+
+    /// The driver asks for a vector for queue `index`.
+    pub(super) fn set_queue_vector(&self, index: u16, requested: u16) {
+        if let Some(own) = self.queue_vectors.get(usize::from(index)) {
+            let vector = self.vector_for(requested);
+            own.store(vector, Ordering::Release);
+            self.msix.move_call(index, vector);
+        }
     }
 }
 
@@ -66,6 +79,14 @@ impl Interrupt for Signals {
         if !self.msix.raise(vector.load(Ordering::Acquire)) {
             self.isr.fetch_or(ISR_QUEUE, Ordering::AcqRel);
         }
+    }
+
+    fn call(&self, index: u16) -> io::Result<EventFd> {
+        let vector = self
+            .queue_vectors
+            .get(usize::from(index))
+            .map_or(NO_VECTOR, |vector| vector.load(Ordering::Acquire));
+        self.msix.call(index, vector)
     }
 
     fn config_change(&self) {

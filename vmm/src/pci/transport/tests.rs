@@ -585,6 +585,51 @@ fn a_state_of_another_device_is_refused() {
 }
 
 #[test]
+fn a_call_raises_the_vector_that_the_driver_has_chosen_for_its_queue() {
+    let driver = Driver::new();
+    for vector in 0..3 {
+        let entry = MSIX_TABLE + vector * 16;
+        driver.write(entry, &0xfee0_0000u64.to_le_bytes());
+        driver.write(entry + 8, &0x31u64.to_le_bytes());
+    }
+    let control = driver.function.lock().msix_capability + 2;
+    driver.function.write_config(control, &[0, 0x80]);
+    let own = [24, 25, 26];
+    assert_eq!(driver.hypervisor.irqfds(), own);
+
+    let choose = |queue: u16, vector: u16| {
+        driver.write(COMMON + 0x16, &queue.to_le_bytes());
+        driver.write(COMMON + 0x1a, &vector.to_le_bytes());
+    };
+    let with = |more: &[u32]| {
+        let mut gsis = [&own, more].concat();
+        gsis.sort_unstable();
+        gsis
+    };
+    choose(0, 1);
+    choose(1, 2);
+    driver.bring_up();
+    let call = |queue| {
+        let active = driver.seen.active.lock().unwrap();
+        active.as_ref().unwrap().interrupt.call(queue)
+    };
+    let _first = call(0).unwrap();
+    let _second = call(1).unwrap();
+    assert_eq!(driver.hypervisor.irqfds(), with(&[25, 26]));
+    // While the device is active, too: there is no rule against it.
+    choose(1, 0);
+    assert_eq!(driver.hypervisor.irqfds(), with(&[24, 25]));
+    choose(0, NO_VECTOR);
+    assert_eq!(driver.hypervisor.irqfds(), with(&[24]));
+    driver.function.write_config(control, &[0, 0]);
+    assert_eq!(driver.hypervisor.irqfds(), own);
+    driver.function.write_config(control, &[0, 0x80]);
+    assert_eq!(driver.hypervisor.irqfds(), with(&[24]));
+    driver.set_status(0);
+    assert_eq!(driver.hypervisor.irqfds(), own);
+}
+
+#[test]
 fn queue_memory_of_a_restored_state_is_checked_again() {
     let driver = Driver::new();
     driver.bring_up();
