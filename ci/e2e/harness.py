@@ -224,6 +224,7 @@ FOLDERS = [
     "/run/containerd/fifo",
     "/run/containerd/s",
     "/run/netns",
+    "/var/lib/cni/networks",
     "/var/lib/containerd/io.containerd.runtime.v2.task",
     "/dev/shm",
 ]
@@ -235,13 +236,13 @@ def traces():
         return {os.path.join(at, name) for at, folders, files in os.walk(folder) for name in folders + files}
 
     # Folders that hold what belongs to a namespace stay once they were there.
-    standing = {f"{folder}/default" for folder in FOLDERS}
+    standing = {f"{folder}/{namespace}" for folder in FOLDERS for namespace in ("default", "k8s.io")}
     with open("/proc/self/mountinfo", encoding="utf-8") as file:
         mounts = {" ".join(line.split()[3:5]) for line in file}
     with open("/proc/net/unix", encoding="utf-8") as file:
         # Flags 00010000: it listens.
         sockets = {line.split()[7] for line in file if " 00010000 " in line and len(line.split()) > 7}
-    cgroups = {at for at, _, _ in os.walk("/sys/fs/cgroup")} - {"/sys/fs/cgroup/default"}
+    cgroups = {at for at, _, _ in os.walk("/sys/fs/cgroup")} - {"/sys/fs/cgroup/default", "/sys/fs/cgroup/k8s.io"}
     return {
         "processes": {f"{pid} {line}" for pid, line in processes().items()},
         "mounts": mounts,
@@ -339,9 +340,13 @@ class Case(unittest.TestCase):
         self.names += 1
         return f"{self._testMethodName[5:45].rstrip('_')}-{self.names}"
 
-    def ctr(self, *args, stdin=b"", timeout=TIMEOUT_S, code=None):
-        """Runs ctr. `stdin`: bytes, or an open file; `code`: the status that is asked for."""
-        argv = ["ctr", *map(str, args)]
+    def ctr(self, *args, **kwargs):
+        """Runs ctr."""
+        return self.command("ctr", *args, **kwargs)
+
+    def command(self, *args, stdin=b"", timeout=TIMEOUT_S, code=None):
+        """Runs a command. `stdin`: bytes, or an open file; `code`: the status that is asked for."""
+        argv = list(map(str, args))
         started = time.monotonic()
         source = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
         # A session of its own, so that a hang ends with all that it started.

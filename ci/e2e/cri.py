@@ -1,0 +1,141 @@
+"""What the tests of pods share: `crictl`, which asks containerd for what a kubelet asks for.
+
+They need a containerd that serves CRI (`ci/node --cri`), and are skipped where it does not.
+"""
+
+import json
+import os
+import subprocess
+import uuid
+
+from harness import IMAGE, Case, wait_until
+
+CONFIG = "/etc/crictl.yaml"
+
+
+class Container:
+    """A container of a pod."""
+
+    def __init__(self, pod, ident):
+        self.pod, self.case, self.id = pod, pod.case, ident
+
+    def exec(self, *command, **kwargs):
+        """`crictl exec`, without a terminal."""
+        return self.case.crictl("exec", self.id, *command, **kwargs)
+
+    def output_of(self, *command):
+        """What a command in it says that must succeed."""
+        return self.exec(*command, code=0).out
+
+    def start(self):
+        """`crictl start`."""
+        self.case.crictl("start", self.id, code=0)
+
+    @property
+    def logs(self):
+        """What it wrote to its log."""
+        result = self.case.crictl("logs", self.id, code=0)
+        return result.out + result.err
+
+    @property
+    def status(self):
+        """`status` of `crictl inspect`: state, exitCode, reason and so on."""
+        return json.loads(self.case.crictl("inspect", self.id, code=0).out)["status"]
+
+    def wait_for_exit(self):
+        """Waits until it has ended; returns its status."""
+        def exited():
+            status = self.status
+            return status["state"] == "CONTAINER_EXITED" and status
+
+        return wait_until(exited, f"container {self.id} to end")
+
+
+class Pod:
+    """A pod's sandbox."""
+
+    def __init__(self, case, ident, config):
+        self.case, self.id, self.config = case, ident, config
+        self.containers = 0
+
+    def create(self, *command, image=IMAGE, **config):
+        """`crictl create`. `config` is merged into what CRI calls the container's configuration."""
+        self.containers += 1
+        name = f"c{self.containers}"
+        wanted = {
+            "metadata": {"name": name},
+            "image": {"image": image},
+            "command": list(command or ("sleep", "100000")),
+            "log_path": f"{name}.log",
+            "linux": {},
+            **config,
+        }
+        path = self.case.write_json(wanted)
+        return Container(self, self.case.crictl("create", self.id, path, self.config, code=0).out)
+
+    def start(self, *command, **config):
+        """`crictl create` and `crictl start`."""
+        container = self.create(*command, **config)
+        container.start()
+        return container
+
+    @property
+    def status(self):
+        """`status` of `crictl inspectp`: state, network and so on."""
+        return json.loads(self.case.crictl("inspectp", self.id, code=0).out)["status"]
+
+    @property
+    def addresses(self):
+        """Its IPv4 and its IPv6 address."""
+        network = self.status["network"]
+        return [network["ip"], *(more["ip"] for more in network["additionalIps"])]
+
+    def remove(self, **kwargs):
+        """`crictl rmp -f`."""
+        return self.case.crictl("rmp", "-f", self.id, **kwargs)
+
+
+class PodCase(Case):
+    """A test with a containerd at hand that serves CRI."""
+
+    def setUp(self):
+        if not os.path.exists(CONFIG):
+            self.skipTest("this containerd serves no CRI (ci/node --cri)")
+        super().setUp()
+        self.pull(IMAGE)
+
+    def crictl(self, *args, **kwargs):
+        """Runs crictl."""
+        return self.command("crictl", *args, **kwargs)
+
+    def pull(self, image):
+        """Has an image at hand."""
+        if image not in self.crictl("images", "--output", "json", image, code=0).out:
+            self.crictl("pull", image, code=0)
+
+    def write_json(self, what):
+        """A new file with it."""
+        path = os.path.join(self.folder, f"{uuid.uuid4()}.json")
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(what, file)
+        return path
+
+    def try_pod(self, **config):
+        """`crictl runp`, which may fail: the result. `config` is merged into what CRI calls the pod's configuration."""
+        name = self.name().replace("_", "-")
+        wanted = {
+            "metadata": {"name": name, "namespace": "e2e", "uid": str(uuid.uuid4())},
+            "log_directory": self.folder,
+            "linux": {},
+            **config,
+        }
+        path = self.write_json(wanted)
+        return self.crictl("runp", "--runtime", self.runtime, path), path
+
+    def pod(self, **config):
+        """A pod that runs, until the test is over."""
+        result, path = self.try_pod(**config)
+        self.assertEqual(result.code, 0, result.err)
+        pod = Pod(self, result.out, path)
+        self.addCleanup(subprocess.run, ["crictl", "rmp", "-f", pod.id], capture_output=True, check=False)
+        return pod

@@ -1,0 +1,123 @@
+"""What a kubelet does with pods, done by crictl."""
+
+import concurrent.futures
+import os
+import re
+import urllib.request
+
+from cri import PodCase
+from harness import TIMEOUT_S, wait_until
+
+MIB = 1 << 20
+
+
+class Crictl(PodCase):
+    def serve(self, pod, text):
+        """A container that serves a page on port 8080 of all of the pod's addresses."""
+        return pod.start("sh", "-c", f"mkdir /www; echo {text} >/www/index.html; exec httpd -f -p 8080 -h /www")
+
+    def fetch(self, container, url):
+        """What a container gets from a server that may be about to start."""
+        def answer():
+            result = container.exec("wget", "-q", "-T", "10", "-O", "-", url)
+            return result.code == 0 and result.out
+
+        return wait_until(answer, f"an answer from {url}")
+
+    def test_containers_of_a_pod_share_localhost_and_a_volume(self):
+        volume = os.path.join(self.folder, "volume")
+        os.mkdir(volume)
+        mounts = [{"host_path": volume, "container_path": "/shared"}]
+        pod = self.pod()
+        pod.start("httpd", "-f", "-p", "127.0.0.1:8080", "-h", "/shared", mounts=mounts)
+        writer = pod.start(mounts=mounts)
+        writer.exec("sh", "-c", "echo from the other >/shared/page", code=0)
+        self.assertEqual(self.fetch(writer, "http://127.0.0.1:8080/page"), "from the other")
+        with open(f"{volume}/page", encoding="ascii") as file:
+            self.assertEqual(file.read(), "from the other\n")
+
+    def test_pods_talk_over_the_bridge(self):
+        server = self.pod()
+        self.serve(server, "hello")
+        client = self.pod().start()
+        ipv4, ipv6 = server.addresses
+        self.assertEqual(self.fetch(client, f"http://{ipv4}:8080/"), "hello")
+        self.assertEqual(self.fetch(client, f"http://[{ipv6}]:8080/"), "hello")
+
+    def test_a_host_port_leads_to_the_pod(self):
+        pod = self.pod(port_mappings=[{"protocol": 0, "container_port": 8080, "host_port": 18080}])
+        self.serve(pod, "through")
+
+        def answer():
+            try:
+                with urllib.request.urlopen("http://127.0.0.1:18080/", timeout=10) as page:
+                    return page.read()
+            except OSError:
+                return None
+
+        self.assertEqual(wait_until(answer, "an answer from the host's port"), b"through\n")
+
+    def test_a_config_map_is_updated_at_once(self):
+        # As the kubelet's atomic writer does it: the keys are links through `..data`, which is replaced by renaming.
+        volume = os.path.join(self.folder, "config")
+        os.mkdir(volume)
+
+        def publish(version):
+            os.mkdir(f"{volume}/..{version}")
+            with open(f"{volume}/..{version}/key", "w", encoding="ascii") as file:
+                file.write(f"{version}\n")
+            os.symlink(f"..{version}", f"{volume}/..data_tmp")
+            os.rename(f"{volume}/..data_tmp", f"{volume}/..data")
+
+        publish("first")
+        os.symlink("..data/key", f"{volume}/key")
+        mounts = [{"host_path": volume, "container_path": "/config", "readonly": True}]
+        container = self.pod().start(mounts=mounts)
+        self.assertEqual(container.output_of("cat", "/config/key"), "first")
+        # It reads all the time, and must never find nothing.
+        reader = "while v=$(cat /config/key); do [ $v = second ] && exit 0; done; exit 1"
+        with concurrent.futures.ThreadPoolExecutor(1) as background:
+            reading = background.submit(container.exec, "sh", "-c", reader)
+            publish("second")
+            self.assertEqual(reading.result().code, 0)
+        self.assertNotEqual(container.exec("touch", "/config/new").code, 0)
+
+    def test_a_container_out_of_memory_is_oom_killed_alone(self):
+        pod = self.pod()
+        neighbour = pod.start()
+        hungry = pod.start("dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1",
+                           linux={"resources": {"memory_limit_in_bytes": 64 * MIB}})
+        status = hungry.wait_for_exit()
+        self.assertEqual((status["exitCode"], status["reason"]), (137, "OOMKilled"))
+        self.assertEqual(neighbour.output_of("echo", "alive"), "alive")
+
+    def test_a_container_is_resized_in_place(self):
+        container = self.pod().start(linux={"resources": {
+            "memory_limit_in_bytes": 64 * MIB, "cpu_period": 100000, "cpu_quota": 50000}})
+        eat = ["dd", "if=/dev/zero", "of=/dev/null", "bs=600M", "count=1"]
+
+        def resize(memory, quota):
+            self.crictl("update", "--memory", memory, "--cpu-period", 100000, "--cpu-quota", quota, container.id, code=0)
+            self.assertEqual(container.output_of("cat", "/sys/fs/cgroup/memory.max"), str(memory))
+            self.assertEqual(container.output_of("cat", "/sys/fs/cgroup/cpu.max"), f"{quota} 100000")
+
+        self.assertNotEqual(container.exec(*eat).code, 0)
+        resize(1024 * MIB, 100000)
+        self.assertEqual(container.exec(*eat).code, 0)
+        resize(64 * MIB, 25000)
+        self.assertNotEqual(container.exec(*eat).code, 0)
+
+    def test_thirty_pods_four_at_a_time_leave_nothing(self):
+        def life(number):
+            pod = self.pod()
+            answer = pod.start().output_of("echo", f"pod {number}")
+            pod.remove(code=0, timeout=2 * TIMEOUT_S)
+            return answer
+
+        # The first one makes the bridge.
+        life(0)
+        with self.nothing_left():
+            with concurrent.futures.ThreadPoolExecutor(4) as lives:
+                answers = list(lives.map(life, range(30)))
+            self.assertEqual(answers, [f"pod {number}" for number in range(30)])
+            self.assertIsNone(re.search("[0-9a-f]{64}", self.crictl("pods", "--quiet", code=0).out))
