@@ -56,10 +56,12 @@ pub(crate) struct Parts {
     pub(crate) bundle: PathBuf,
     pub(crate) oci_version: String,
     pub(crate) own_pid_namespace: bool,
+    pub(crate) is_sandbox: bool,
     pub(crate) hooks: HostHooks,
     pub(crate) init: Process,
     pub(crate) vm: Arc<Vm>,
-    pub(crate) storage: ContainerStorage,
+    /// None for a sandbox, which has no files.
+    pub(crate) storage: Option<ContainerStorage>,
 }
 
 #[derive(Debug)]
@@ -69,6 +71,8 @@ pub(crate) struct Container {
     oci_version: String,
     /// Whether the kernel kills every process of the container with the first one.
     own_pid_namespace: bool,
+    /// Whether it stands for its pod.
+    is_sandbox: bool,
     hooks: HostHooks,
     init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
@@ -93,12 +97,13 @@ impl Container {
             bundle: parts.bundle,
             oci_version: parts.oci_version,
             own_pid_namespace: parts.own_pid_namespace,
+            is_sandbox: parts.is_sandbox,
             hooks: parts.hooks,
             init: Arc::new(parts.init),
             execs: Mutex::new(HashMap::new()),
             pause: Mutex::new(Pause::Off),
             vm: parts.vm,
-            storage: Mutex::new(Some(parts.storage)),
+            storage: Mutex::new(parts.storage),
             deleting: AtomicBool::new(false),
         }
     }
@@ -113,6 +118,10 @@ impl Container {
 
     pub(crate) fn own_pid_namespace(&self) -> bool {
         self.own_pid_namespace
+    }
+
+    pub(crate) fn is_sandbox(&self) -> bool {
+        self.is_sandbox
     }
 
     pub(crate) fn hooks(&self) -> &HostHooks {

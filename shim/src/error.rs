@@ -28,6 +28,8 @@ pub(crate) enum Error {
     ProcessExists { exec_id: String },
     #[error("container {id} init process is not running")]
     InitNotRunning { id: String },
+    #[error("sandbox {id} does not run")]
+    NoSandbox { id: String },
     #[error("process not created")]
     ProcessNotStarted,
     #[error("cannot {verb} a {state} {subject}")]
@@ -38,7 +40,7 @@ pub(crate) enum Error {
     },
     #[error("cannot exec in a {state} state")]
     ExecInState { state: &'static str },
-    #[error("{0} is not an id: it must not be empty, nor contain a slash, nor be a dot or two")]
+    #[error("{0} is not an id: it must not be empty, nor contain a slash, nor begin with a dot")]
     InvalidId(String),
     #[error("cannot understand the {what} of the request")]
     InvalidRequest {
@@ -161,7 +163,9 @@ impl Error {
             | Self::ProcessNotFound { .. }
             | Self::ProcessFinished => Code::NOT_FOUND,
             Self::ContainerExists { .. } | Self::ProcessExists { .. } => Code::ALREADY_EXISTS,
-            Self::InitNotRunning { .. } | Self::ProcessNotStarted => Code::FAILED_PRECONDITION,
+            Self::InitNotRunning { .. } | Self::NoSandbox { .. } | Self::ProcessNotStarted => {
+                Code::FAILED_PRECONDITION
+            }
             Self::InvalidId(_)
             | Self::InvalidRequest { .. }
             | Self::UnknownOptions(_)

@@ -9,6 +9,7 @@ mod events;
 mod hooks;
 mod network;
 mod options;
+mod pod;
 mod process;
 mod sandbox;
 mod service;

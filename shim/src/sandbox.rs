@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_shim::event::Event;
-use tokio::sync::{OnceCell, watch};
+use tokio::sync::{Notify, OnceCell, watch};
 
 use crate::container::Container;
 use crate::error::Error;
@@ -98,18 +98,20 @@ impl Sandbox {
         lock(&self.containers).is_empty()
     }
 
-    /// The sandbox's VM; boots it, with the network that is wanted, if there is none yet.
+    /// The sandbox's VM; boots it, with the network that is wanted, if there is none yet. `give_up` ends a boot that is
+    /// under way with the error `Abandoned`.
     pub(crate) async fn vm(
         &self,
         config: &husk_config::Vm,
         size: VmSize,
         network: &Wanted<'_>,
+        give_up: &Notify,
     ) -> Result<Arc<Vm>, Error> {
         let cell = lock(&self.vm).clone();
         let vm = cell
             .get_or_try_init(async || {
                 let network = Network::set_up(network).await?;
-                Vm::boot(config, size, &self.share.exported(), network)
+                Vm::boot(config, size, &self.share.exported(), network, give_up)
                     .await
                     .map(Arc::new)
             })

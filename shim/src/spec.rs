@@ -4,22 +4,23 @@
 //! that the guest does not have); the rest goes to the agent as it is. Pure functions: storage mounts, hooks run, and
 //! the agent creates elsewhere.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
-use husk_protocol::SHARE_MOUNT_POINT;
+use husk_protocol::agent::Volume;
+use husk_protocol::{POD_NAMESPACES, POD_VOLUMES, SHARE_MOUNT_POINT};
 use oci_spec::runtime::{
-    Hook, Hooks, Linux, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+    Hook, Hooks, Linux, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
 };
 
 use crate::error::Error;
+use crate::pod::{Kind, Limits};
+use crate::storage::Source;
 
 /// Where in the shared folder of a container its root file system is.
 pub(crate) const ROOTFS: &str = "rootfs";
 
-/// Where in the shared folder of a container its bind mounts are, numbered.
-pub(crate) const MOUNTS: &str = "mounts";
-
-/// Added to a container's memory limit for the least size of its VM: the guest's kernel, its page tables and
+/// Added to the memory limit for the least size of a VM: the guest's kernel, its page tables and
 /// the agent live in the same memory, and must not make the limit unreachable.
 const GUEST_OVERHEAD_MIB: u64 = 128;
 
@@ -30,21 +31,35 @@ pub(crate) struct Divided {
     pub(crate) guest: Spec,
     /// The folder of the root file system on the host where containerd mounts none, relative to the bundle.
     pub(crate) root: PathBuf,
-    /// To be mounted below the container's share, the n-th at `mounts/<n>`.
+    /// To be mounted by virtio-fs; see [`Divided::place`].
     pub(crate) binds: Vec<Bind>,
+    /// Which of the specification's mounts the binds are.
+    places: Vec<usize>,
+    /// In the guest's memory, for the agent to make.
+    pub(crate) volumes: Vec<Volume>,
     /// To be run by the shim.
     pub(crate) hooks: HostHooks,
 }
 
 /// A bind mount of the specification.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Bind {
     pub(crate) source: PathBuf,
     pub(crate) destination: PathBuf,
     pub(crate) recursive: bool,
-    pub(crate) read_only: bool,
+    pub(crate) access: Access,
     /// Whether mounts that the host makes later below the source are to appear.
     pub(crate) follows_host: bool,
+}
+
+/// What may be done below a bind mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Access {
+    Write,
+    /// The mount is read-only, but not what else is mounted below it.
+    Read,
+    /// All is read-only.
+    ReadAll,
 }
 
 /// The hooks that run in the runtime's namespace, which is the host's.
@@ -63,29 +78,34 @@ pub(crate) struct VmSize {
     pub(crate) memory_mib: u32,
 }
 
-/// Divides the specification of container `id`.
+impl Divided {
+    /// Says where in the shared folder the binds are, in their order.
+    pub(crate) fn place<'a>(&mut self, paths: impl Iterator<Item = &'a str>) {
+        let mounts = self.guest.mounts_mut().as_deref_mut().unwrap_or_default();
+        for (&place, path) in self.places.iter().zip(paths) {
+            mounts[place].set_source(Some(Path::new(SHARE_MOUNT_POINT).join(path)));
+        }
+    }
+}
+
+/// Divides the specification of container `id`. The sources of its mounts are looked at by `look`, which is told whether
+/// one is the pod's /dev/shm.
 ///
 /// # Errors
-/// `UnsupportedSpec` for what cannot be done in a VM.
-pub(crate) fn divide(mut spec: Spec, id: &str) -> Result<Divided, Error> {
-    let share = Path::new(SHARE_MOUNT_POINT).join(id);
-
+/// `UnsupportedSpec` for what cannot be done in a VM, `Bind` for a source that cannot be looked at.
+pub(crate) fn divide(
+    mut spec: Spec,
+    id: &str,
+    kind: &Kind,
+    look: impl Fn(&Path, bool) -> io::Result<Source>,
+) -> Result<Divided, Error> {
     let mut root = spec
         .root()
         .clone()
         .ok_or_else(|| Error::UnsupportedSpec("has no root".to_owned()))?;
     let host_root = root.path().clone();
-    root.set_path(share.join(ROOTFS));
+    root.set_path(Path::new(SHARE_MOUNT_POINT).join(id).join(ROOTFS));
     spec.set_root(Some(root));
-
-    let mut mounts = spec.mounts().clone().unwrap_or_default();
-    let mut binds = Vec::new();
-    for mount in mounts.iter_mut().filter(|mount| is_bind(mount)) {
-        let guest_source = share.join(MOUNTS).join(binds.len().to_string());
-        binds.push(bind(mount)?);
-        mount.set_source(Some(guest_source));
-    }
-    spec.set_mounts(Some(mounts));
 
     let hooks = spec
         .hooks_mut()
@@ -96,14 +116,72 @@ pub(crate) fn divide(mut spec: Spec, id: &str) -> Result<Divided, Error> {
         drop_host_labels(process);
     }
     if let Some(linux) = spec.linux_mut() {
-        drop_host_linux(linux)?;
+        drop_host_linux(linux, kind)?;
     }
-    Ok(Divided {
+    if *kind == Kind::Sandbox {
+        // It has no files of its own, and those for the others come with the others.
+        spec.set_mounts(None);
+    }
+    let mut divided = Divided {
         guest: spec,
         root: host_root,
-        binds,
+        binds: Vec::new(),
+        places: Vec::new(),
+        volumes: Vec::new(),
         hooks,
-    })
+    };
+    divide_mounts(&mut divided, kind, look)?;
+    Ok(divided)
+}
+
+fn divide_mounts(
+    divided: &mut Divided,
+    kind: &Kind,
+    look: impl Fn(&Path, bool) -> io::Result<Source>,
+) -> Result<(), Error> {
+    let mounts = divided
+        .guest
+        .mounts_mut()
+        .as_deref_mut()
+        .unwrap_or_default();
+    for (place, mount) in mounts.iter_mut().enumerate() {
+        if !is_bind(mount) {
+            continue;
+        }
+        let bind = bind(mount)?;
+        let source =
+            look(&bind.source, kind.is_shm(&bind.source)).map_err(|source| Error::Bind {
+                source_path: bind.source.clone(),
+                destination: bind.destination.display().to_string(),
+                source,
+            })?;
+        // No mount is ever made below it in the guest: those of the host appear as folders.
+        retain_options(mount, |option| !PROPAGATION.contains(&option));
+        match source {
+            Source::Shared { has_mounts } => {
+                if has_mounts && bind.access == Access::Read {
+                    // What is mounted below stays writable, which the guest, for which all is one mount, would prevent.
+                    retain_options(mount, |option| option != "ro");
+                }
+                divided.binds.push(bind);
+                divided.places.push(place);
+            }
+            Source::Memory { volume, folder } => {
+                let path = Path::new(POD_VOLUMES).join(&volume.name).join(folder);
+                mount.set_source(Some(path));
+                divided.volumes.push(volume);
+            }
+            // The guest's of the same name.
+            Source::Device => {}
+            Source::Socket => {
+                return Err(Error::UnsupportedSpec(format!(
+                    "mounts {}, a unix socket of the host, to which nothing in a VM can connect",
+                    bind.source.display()
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Takes out of `process` the labels of security modules that are the host's: the guest's kernel has none.
@@ -138,34 +216,18 @@ pub(crate) fn drop_host_resources(resources: &mut LinuxResources) {
     resources.set_rdma(None);
 }
 
-/// The size for a VM whose first container is `spec`: never smaller than configured, never more vCPUs than the host has.
-pub(crate) fn vm_size(spec: &Spec, config: &husk_config::Vm, host: VmSize) -> VmSize {
-    let resources = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.resources().as_ref());
-
-    let limit_mib = resources
-        .and_then(|resources| resources.memory().as_ref())
-        .and_then(|memory| memory.limit())
-        .and_then(|limit| u64::try_from(limit).ok())
-        .map(|bytes| bytes.div_ceil(1 << 20));
-    let memory_mib = limit_mib.map_or(config.memory_mib(), |mib| {
-        u32::try_from(mib.saturating_add(GUEST_OVERHEAD_MIB))
+/// The size for a VM whose containers may use `limits`: never smaller than configured, nor, for a limit's sake, larger than
+/// the host.
+pub(crate) fn vm_size(limits: Limits, config: &husk_config::Vm, host: VmSize) -> VmSize {
+    let memory_mib = limits.memory_bytes.map_or(config.memory_mib(), |bytes| {
+        let mib = bytes.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB);
+        u32::try_from(mib)
             .unwrap_or(u32::MAX)
             .min(host.memory_mib)
             .max(config.memory_mib())
     });
-
-    let wanted_cpus = resources
-        .and_then(|resources| resources.cpu().as_ref())
-        .and_then(|cpu| {
-            let quota = u64::try_from(cpu.quota()?).ok()?;
-            let period = cpu.period().filter(|&period| period > 0)?;
-            Some(u8::try_from(quota.div_ceil(period)).unwrap_or(u8::MAX))
-        })
-        .unwrap_or(0);
-    let vcpus = wanted_cpus.min(host.vcpus).max(config.vcpus());
+    let wanted = u8::try_from(limits.cpus.unwrap_or(0)).unwrap_or(u8::MAX);
+    let vcpus = wanted.min(host.vcpus).max(config.vcpus());
     VmSize { vcpus, memory_mib }
 }
 
@@ -181,18 +243,50 @@ fn has_option(mount: &Mount, wanted: &[&str]) -> bool {
         .any(|option| wanted.contains(&option.as_str()))
 }
 
+/// Options that say how mounts made on one side appear on the other.
+const PROPAGATION: [&str; 8] = [
+    "private",
+    "rprivate",
+    "slave",
+    "rslave",
+    "shared",
+    "rshared",
+    "unbindable",
+    "runbindable",
+];
+
+fn retain_options(mount: &mut Mount, keep: impl Fn(&str) -> bool) {
+    if let Some(options) = mount.options_mut() {
+        options.retain(|option| keep(option));
+    }
+}
+
 fn bind(mount: &Mount) -> Result<Bind, Error> {
+    let destination = mount.destination();
     let source = mount.source().clone().ok_or_else(|| {
         Error::UnsupportedSpec(format!(
             "has a bind mount to {} without a source",
-            mount.destination().display()
+            destination.display()
         ))
     })?;
+    if has_option(mount, &["shared", "rshared"]) {
+        return Err(Error::UnsupportedSpec(format!(
+            "wants mounts that the container makes below {} to appear on the host (Bidirectional), \
+             which those made in a VM cannot",
+            destination.display()
+        )));
+    }
     Ok(Bind {
         source,
-        destination: mount.destination().clone(),
+        destination: destination.clone(),
         recursive: has_option(mount, &["rbind"]),
-        read_only: has_option(mount, &["ro", "rro"]),
+        access: if has_option(mount, &["rro"]) {
+            Access::ReadAll
+        } else if has_option(mount, &["ro"]) {
+            Access::Read
+        } else {
+            Access::Write
+        },
         follows_host: !has_option(mount, &["private", "rprivate"]),
     })
 }
@@ -207,21 +301,73 @@ fn take_host_hooks(hooks: &mut Hooks) -> HostHooks {
     }
 }
 
-fn drop_host_linux(linux: &mut Linux) -> Result<(), Error> {
-    if let Some(namespaces) = linux.namespaces_mut() {
-        // The VM is the network namespace.
-        namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
-        if let Some((namespace, path)) = namespaces
-            .iter()
-            .find_map(|namespace| Some((namespace, namespace.path().as_ref()?)))
-        {
+/// Gives each namespace of the specification the path that it has in the guest.
+fn translate_namespaces(
+    mut namespaces: Vec<LinuxNamespace>,
+    kind: &Kind,
+) -> Result<Vec<LinuxNamespace>, Error> {
+    // The VM is the network namespace.
+    namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+    for namespace in &mut namespaces {
+        let Some(path) = namespace.path() else {
+            continue;
+        };
+        let of_pod = match namespace.typ() {
+            LinuxNamespaceType::Ipc => Some("ipc"),
+            LinuxNamespaceType::Pid => Some("pid"),
+            LinuxNamespaceType::Uts => Some("uts"),
+            _ => None,
+        };
+        match (kind, of_pod) {
+            // The namespaces of the process that stands for the sandbox on the host stand for those of the sandbox.
+            (Kind::Member { .. }, Some(name)) => {
+                namespace.set_path(Some(Path::new(POD_NAMESPACES).join(name)));
+            }
+            _ => {
+                return Err(Error::UnsupportedSpec(format!(
+                    "asks for the {} namespace {} of the host, which a container in a VM cannot enter",
+                    namespace.typ(),
+                    path.display()
+                )));
+            }
+        }
+    }
+    Ok(namespaces)
+}
+
+/// A sandbox without a namespace shares the host's, as hostPID and hostIPC have it.
+fn refuse_host_namespaces(namespaces: &[LinuxNamespace]) -> Result<(), Error> {
+    for (wanted, field) in [
+        (LinuxNamespaceType::Pid, "hostPID"),
+        (LinuxNamespaceType::Ipc, "hostIPC"),
+    ] {
+        if !namespaces.iter().any(|namespace| namespace.typ() == wanted) {
             return Err(Error::UnsupportedSpec(format!(
-                "asks for the {} namespace {} of the host, which a container in a VM cannot enter",
-                namespace.typ(),
-                path.display()
+                "shares the host's {wanted} namespace ({field}), which a pod in a VM cannot"
             )));
         }
     }
+    Ok(())
+}
+
+fn drop_host_linux(linux: &mut Linux, kind: &Kind) -> Result<(), Error> {
+    let mut namespaces =
+        translate_namespaces(linux.namespaces().clone().unwrap_or_default(), kind)?;
+    if *kind == Kind::Sandbox {
+        refuse_host_namespaces(&namespaces)?;
+        // With the host's network, containerd leaves the host's name to the pod as well; the VM has one of its own.
+        if !namespaces
+            .iter()
+            .any(|namespace| namespace.typ() == LinuxNamespaceType::Uts)
+        {
+            let mut uts = LinuxNamespace::default();
+            uts.set_typ(LinuxNamespaceType::Uts);
+            namespaces.push(uts);
+        }
+    }
+    linux.set_namespaces(Some(namespaces));
+    // Says for the root what `PROPAGATION` says for mounts.
+    linux.set_rootfs_propagation(None);
     if let Some(resources) = linux.resources_mut() {
         drop_host_resources(resources);
     }
@@ -273,6 +419,21 @@ mod tests {
         serde_json::from_value(extra).unwrap()
     }
 
+    fn shared(_: &Path, _: bool) -> io::Result<Source> {
+        Ok(Source::Shared { has_mounts: false })
+    }
+
+    /// As a container that is alone in its VM.
+    fn divide(spec: Spec, id: &str) -> Result<Divided, Error> {
+        super::divide(spec, id, &Kind::Single, shared)
+    }
+
+    fn member() -> Kind {
+        Kind::Member {
+            sandbox: "pod".to_owned(),
+        }
+    }
+
     fn guest_json(divided: &Divided) -> Value {
         serde_json::to_value(&divided.guest).unwrap()
     }
@@ -289,8 +450,8 @@ mod tests {
     }
 
     #[test]
-    fn binds_are_numbered_and_other_mounts_stay() {
-        let divided = divide(
+    fn binds_are_placed_and_other_mounts_stay() {
+        let mut divided = divide(
             spec(json!({"mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"]},
                 {"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind", "ro"]},
@@ -303,22 +464,24 @@ mod tests {
             source: "/srv/data".into(),
             destination: "/data".into(),
             recursive: true,
-            read_only: true,
+            access: Access::Read,
             follows_host: true,
         };
         let hosts = Bind {
             source: "/etc/hosts".into(),
             destination: "/etc/hosts".into(),
             recursive: false,
-            read_only: false,
+            access: Access::Write,
             follows_host: false,
         };
         assert_eq!(divided.binds, [data, hosts]);
+        divided.place([".volume-7", ".volume-2"].into_iter());
         let mounts = &guest_json(&divided)["mounts"];
         assert_eq!(mounts[0]["source"], "proc");
-        assert_eq!(mounts[1]["source"], "/run/husk/share/x/mounts/0");
+        assert_eq!(mounts[1]["source"], "/run/husk/share/.volume-7");
         assert_eq!(mounts[1]["options"], json!(["rbind", "ro"]));
-        assert_eq!(mounts[2]["source"], "/run/husk/share/x/mounts/1");
+        assert_eq!(mounts[2]["source"], "/run/husk/share/.volume-2");
+        assert_eq!(mounts[2]["options"], json!(["bind"]));
     }
 
     #[test]
@@ -407,10 +570,137 @@ mod tests {
         );
     }
 
+    fn mounted(mount: &Value, source: Source) -> Result<Divided, Error> {
+        let spec = spec(json!({"mounts": [mount]}));
+        let source = std::cell::Cell::new(Some(source));
+        super::divide(spec, "x", &member(), |_, _| {
+            source.take().ok_or(io::ErrorKind::InvalidData.into())
+        })
+    }
+
+    #[test]
+    fn volume_in_memory_is_the_guests() {
+        let volume = Volume {
+            name: "0:40".to_owned(),
+            size: 7,
+            ..Volume::default()
+        };
+        let source = Source::Memory {
+            volume: volume.clone(),
+            folder: "sub".into(),
+        };
+        let mount = json!({
+            "destination": "/cache", "type": "bind", "source": "/kubelet/cache",
+            "options": ["rbind", "rprivate", "rw"]
+        });
+        let divided = mounted(&mount, source).unwrap();
+        assert_eq!(divided.volumes, [volume]);
+        assert!(divided.binds.is_empty());
+        let mount = &guest_json(&divided)["mounts"][0];
+        assert_eq!(mount["source"], "/run/husk/pod/volumes/0:40/sub");
+        assert_eq!(mount["options"], json!(["rbind", "rw"]));
+    }
+
+    #[test]
+    fn shm_of_the_pod_is_looked_at_as_such() {
+        let shm =
+            json!({"destination": "/dev/shm", "type": "bind", "source": "/sandboxes/pod/shm"});
+        let asked = std::cell::Cell::new(false);
+        super::divide(
+            spec(json!({"mounts": [shm]})),
+            "x",
+            &member(),
+            |path, is_shm| {
+                asked.set(is_shm);
+                shared(path, is_shm)
+            },
+        )
+        .unwrap();
+        assert!(asked.get());
+    }
+
+    #[test]
+    fn device_is_the_guests_and_a_socket_nobodys() {
+        let mount = json!({"destination": "/x", "type": "bind", "source": "/dev/null"});
+        let divided = mounted(&mount, Source::Device).unwrap();
+        assert!(divided.binds.is_empty());
+        assert_eq!(guest_json(&divided)["mounts"][0]["source"], "/dev/null");
+        let err = mounted(&mount, Source::Socket).unwrap_err().to_string();
+        assert!(err.contains("/dev/null, a unix socket"), "{err}");
+    }
+
+    #[test]
+    fn what_is_mounted_below_a_read_only_volume_stays_writable() {
+        let options = |options: Value, has_mounts| {
+            let mount = json!({
+                "destination": "/x", "type": "bind", "source": "/x", "options": options
+            });
+            let divided = mounted(&mount, Source::Shared { has_mounts }).unwrap();
+            let access = divided.binds[0].access;
+            (access, guest_json(&divided)["mounts"][0]["options"].clone())
+        };
+        let (access, kept) = options(json!(["rbind", "ro"]), true);
+        assert_eq!((access, kept), (Access::Read, json!(["rbind"])));
+        let (access, kept) = options(json!(["rbind", "ro"]), false);
+        assert_eq!((access, kept), (Access::Read, json!(["rbind", "ro"])));
+        let (access, kept) = options(json!(["rbind", "rro"]), true);
+        assert_eq!((access, kept), (Access::ReadAll, json!(["rbind", "rro"])));
+    }
+
+    #[test]
+    fn bidirectional_mount_is_refused() {
+        let mount = json!({
+            "destination": "/x", "type": "bind", "source": "/x", "options": ["rbind", "rshared"]
+        });
+        let source = Source::Shared { has_mounts: false };
+        let err = mounted(&mount, source).unwrap_err().to_string();
+        assert!(err.contains("Bidirectional"), "{err}");
+    }
+
+    #[test]
+    fn namespaces_of_the_sandbox_are_the_pods() {
+        let namespaces = json!([
+            {"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "ipc", "path": "/proc/7/ns/ipc"},
+            {"type": "uts", "path": "/proc/7/ns/uts"}, {"type": "network", "path": "/proc/7/ns/net"},
+            {"type": "mount"}
+        ]);
+        let spec = spec(json!({"linux": {"namespaces": namespaces}}));
+        let divided = super::divide(spec, "x", &member(), shared).unwrap();
+        assert_eq!(
+            guest_json(&divided)["linux"]["namespaces"],
+            json!([
+                {"type": "pid", "path": "/run/husk/pod/ns/pid"},
+                {"type": "ipc", "path": "/run/husk/pod/ns/ipc"},
+                {"type": "uts", "path": "/run/husk/pod/ns/uts"},
+                {"type": "mount"}
+            ])
+        );
+    }
+
+    #[test]
+    fn sandbox_has_no_mounts_and_not_the_hosts_namespaces() {
+        let sandbox = |namespaces: Value| {
+            let spec = spec(json!({
+                "linux": {"namespaces": namespaces},
+                "mounts": [{"destination": "/dev/shm", "type": "bind", "source": "/absent"}]
+            }));
+            super::divide(spec, "x", &Kind::Sandbox, shared)
+        };
+        let divided = sandbox(json!([{"type": "pid"}, {"type": "ipc"}])).unwrap();
+        assert!(divided.binds.is_empty());
+        let guest = guest_json(&divided);
+        assert!(guest.get("mounts").is_none());
+        assert_eq!(guest["linux"]["namespaces"][2], json!({"type": "uts"}));
+        let err = sandbox(json!([{"type": "ipc"}])).unwrap_err().to_string();
+        assert!(err.contains("hostPID"), "{err}");
+        let err = sandbox(json!([{"type": "pid"}])).unwrap_err().to_string();
+        assert!(err.contains("hostIPC"), "{err}");
+    }
+
     fn sized(resources: &Value, host_cpus: u8) -> VmSize {
         let config = husk_config::Config::default();
         vm_size(
-            &spec(json!({"linux": {"resources": resources}})),
+            Limits::of_container(&spec(json!({"linux": {"resources": resources}}))),
             config.vm(),
             VmSize {
                 vcpus: host_cpus,

@@ -23,7 +23,7 @@ use log::{info, warn};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::process::Child;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::agent::Agent;
@@ -104,14 +104,19 @@ impl std::fmt::Display for Phases {
 impl Vm {
     /// Boots a VM that sees the folder `share`, connects to its agent, and gives it the network.
     ///
-    /// Has to be called on the main thread, see [`vmm::spawn`]. On failure nothing is left, nor of the network.
+    /// Has to be called on the main thread, see [`vmm::spawn`]. `give_up` ends it early. On failure nothing is left, nor of the network.
     pub(crate) async fn boot(
         config: &husk_config::Vm,
         size: VmSize,
         share: &Path,
         mut network: Network,
+        give_up: &Notify,
     ) -> Result<Self, Error> {
-        match Self::start(config, size, share, &mut network).await {
+        let started = tokio::select! {
+            started = Self::start(config, size, share, &mut network) => started,
+            () = give_up.notified() => Err(Error::Abandoned),
+        };
+        match started {
             Ok((starting, agent, phases)) => Ok(starting.into_vm(agent, network, phases)),
             Err(err) => {
                 network.remove().await;
@@ -476,7 +481,8 @@ mod tests {
             vcpus: 1,
             memory_mib: 512,
         };
-        let err = Vm::boot(config.vm(), size, Path::new("/"), Network::default())
+        let (network, give_up) = (Network::default(), Notify::new());
+        let err = Vm::boot(config.vm(), size, Path::new("/"), network, &give_up)
             .await
             .unwrap_err();
         assert_eq!(

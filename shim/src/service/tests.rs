@@ -32,7 +32,7 @@ use crate::container::{Container, Parts};
 use crate::events::Events;
 use crate::process::Process;
 use crate::spec::HostHooks;
-use crate::storage::{ContainerStorage, Share};
+use crate::storage::Share;
 use crate::vm::{End, Vm};
 use crate::vmm::Worker;
 
@@ -48,6 +48,8 @@ struct FakeAgent {
     calls: Mutex<Vec<String>>,
     /// Takes signals and does nothing.
     deaf: AtomicBool,
+    /// Does not say which processes there are.
+    stuck: AtomicBool,
 }
 
 impl FakeAgent {
@@ -150,6 +152,9 @@ impl AgentService for FakeAgent {
         _: &TtrpcContext,
         _: agent::ListProcessesRequest,
     ) -> TtrpcResult<agent::ListProcessesResponse> {
+        if self.stuck.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
         let process = |pid, exec_id: &str| agent::Process {
             pid,
             exec_id: exec_id.to_owned(),
@@ -242,18 +247,7 @@ impl Fixture {
             Share::at(Path::new("/absent")),
             Events::new(address.to_str().unwrap(), "default"),
         );
-        let container = Arc::new(Container::new(Parts {
-            id: "x".into(),
-            bundle: "/bundle".into(),
-            oci_version: "1.1.0".into(),
-            own_pid_namespace: true,
-            hooks: HostHooks::default(),
-            init: Process::new(String::new(), Stdio::default(), TtySize::default()),
-            vm,
-            storage: ContainerStorage::empty(),
-        }));
-        sandbox.reserve("x").unwrap().commit(container.clone());
-        sandbox.watch_exit(container.clone(), container.init().clone());
+        add_container(&sandbox, "x", vm);
 
         let service = TaskService::new(sandbox.clone());
         let task_server = serve(bind("task"), service.services()).await;
@@ -362,6 +356,22 @@ impl Fixture {
             }
         }
     }
+}
+
+fn add_container(sandbox: &Arc<Sandbox>, id: &str, vm: Arc<Vm>) {
+    let container = Arc::new(Container::new(Parts {
+        id: id.into(),
+        bundle: "/bundle".into(),
+        oci_version: "1.1.0".into(),
+        own_pid_namespace: true,
+        is_sandbox: false,
+        hooks: HostHooks::default(),
+        init: Process::new(String::new(), Stdio::default(), TtySize::default()),
+        vm,
+        storage: None,
+    }));
+    sandbox.reserve(id).unwrap().commit(container.clone());
+    sandbox.watch_exit(container.clone(), container.init().clone());
 }
 
 fn topics(envelopes: &[Envelope]) -> Vec<&str> {
@@ -601,6 +611,39 @@ async fn vm_of_a_container_that_outlives_sigkill_is_ended() {
         .end
         .send_replace(Some(Arc::from("it was shut down")));
     assert_eq!(fixture.wait("").await.unwrap().exit_status, 137);
+}
+
+/// A fixture whose container, one of two, has been killed and did not end for as long as it may take.
+async fn disobeyed(stuck: bool) -> Fixture {
+    let fixture = Fixture::new().await;
+    let vm = fixture.sandbox.container("x").unwrap().vm().clone();
+    add_container(&fixture.sandbox, "y", vm);
+    fixture.start("").await.unwrap();
+    fixture.agent.deaf.store(true, Ordering::Relaxed);
+    fixture.agent.stuck.store(stuck, Ordering::Relaxed);
+    fixture.kill("", 9).await.unwrap();
+    fixture.worker.connect_vsock(1).await.unwrap();
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(31)).await;
+    fixture
+}
+
+#[tokio::test]
+async fn vm_of_a_pod_survives_a_container_that_outlives_sigkill() {
+    let fixture = disobeyed(false).await;
+    tokio::time::advance(Duration::from_secs(31)).await;
+    tokio::time::resume();
+    fixture.worker.connect_vsock(1).await.unwrap();
+}
+
+#[tokio::test]
+async fn vm_of_a_pod_whose_guest_is_stuck_is_ended() {
+    let fixture = disobeyed(true).await;
+    // The question is asked by now.
+    tokio::task::yield_now().await;
+    tokio::time::advance(Duration::from_secs(31)).await;
+    tokio::time::resume();
+    while fixture.worker.connect_vsock(1).await.is_ok() {}
 }
 
 #[tokio::test]

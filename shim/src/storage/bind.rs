@@ -4,11 +4,16 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+
+use nix::errno::Errno;
+use nix::libc;
 use nix::mount::MsFlags;
 use nix::sys::statvfs::{FsFlags, statvfs};
 
 use super::{bind_mount, change, read_only};
-use crate::spec::Bind;
+use crate::spec::{Access, Bind};
 
 /// Mounts `bind` at `target`, which does not exist yet.
 pub(super) fn mount(bind: &Bind, target: &Path) -> io::Result<()> {
@@ -21,10 +26,35 @@ pub(super) fn mount(bind: &Bind, target: &Path) -> io::Result<()> {
     if !bind.follows_host {
         change(target, MsFlags::MS_PRIVATE | MsFlags::MS_REC)?;
     }
-    if bind.read_only {
-        read_only(target, flags_of(target)?)?;
+    match bind.access {
+        Access::Write => Ok(()),
+        Access::Read => read_only(target, flags_of(target)?),
+        Access::ReadAll => read_only_recursive(target),
     }
-    Ok(())
+}
+
+/// Makes the mount at `target` read-only, and all below it.
+fn read_only_recursive(target: &Path) -> io::Result<()> {
+    let target = CString::new(target.as_os_str().as_bytes())?;
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_RDONLY,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: mount_setattr(2) reads a path that ends in NUL and a `mount_attr` of the size that is given, and keeps
+    // neither.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            target.as_ptr(),
+            libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    Errno::result(result).map(drop).map_err(io::Error::from)
 }
 
 /// The flags of a mount that a remount has to repeat in order not to clear them.

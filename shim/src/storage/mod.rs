@@ -1,12 +1,13 @@
-//! What a container sees of the host's file systems: one folder that the VM's virtio-fs device exports, with a folder
-//! for each container in it.
+//! What containers see of the host's file systems: one folder that the VM's virtio-fs device exports, with a folder
+//! for each container in it, and the volumes of all.
 //!
 //! ```text
 //! /run/husk            tmpfs, in the shim's mount namespace only: the host's /run/husk stays empty
-//! ├── pod/<id>         mount points
+//! ├── pod/…            mount points
 //! ├── share/           `pod` again, read-only and shared: what the worker exports; its mount namespace is a slave
-//! │   └── <id>/        moved here when complete: rootfs/ and mounts/<n>
-//! └── staging/<id>/    where it is put together
+//! │   ├── <id>/        a container: rootfs/
+//! │   └── .volume-<n>  a bind mount of one container or more
+//! └── staging/…        where these are put together, to be moved when complete
 //! ```
 //!
 //! Put together aside and then moved, because a mount that appears below `share` is copied to the worker's namespace as
@@ -14,9 +15,12 @@
 
 mod bind;
 mod rootfs;
+mod source;
+mod volume;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use containerd_shim::protos::api::Mount;
 use log::warn;
@@ -24,7 +28,10 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::error::Error;
-use crate::spec::{Bind, MOUNTS, ROOTFS};
+use crate::spec::{Bind, ROOTFS};
+use volume::{Places, Volume, Volumes};
+
+pub(crate) use source::{Source, look};
 
 /// The tmpfs holds mount points, nothing else: this bounds what a guest that can write below `share` could fill.
 const TMPFS_OPTIONS: &str = "mode=0700,size=1m,nr_inodes=64k";
@@ -33,6 +40,7 @@ const TMPFS_OPTIONS: &str = "mode=0700,size=1m,nr_inodes=64k";
 #[derive(Debug, Clone)]
 pub(crate) struct Share {
     root: PathBuf,
+    volumes: Arc<Mutex<Volumes>>,
 }
 
 impl Share {
@@ -50,9 +58,7 @@ impl Share {
             flags,
             Some(TMPFS_OPTIONS),
         )?;
-        let share = Self {
-            root: root.to_owned(),
-        };
+        let share = Self::at(root);
         for folder in [share.points(), share.staging(), share.exported()] {
             std::fs::create_dir(folder)?;
         }
@@ -62,11 +68,11 @@ impl Share {
         Ok(share)
     }
 
-    /// A share that is not set up, for tests that mount nothing.
-    #[cfg(test)]
+    /// A share that is not set up.
     pub(crate) fn at(root: &Path) -> Self {
         Self {
             root: root.to_owned(),
+            volumes: Arc::default(),
         }
     }
 
@@ -92,20 +98,40 @@ impl Share {
         root: PathBuf,
         binds: Vec<Bind>,
     ) -> Result<ContainerStorage, Error> {
-        let storage = ContainerStorage {
-            staging: self.staging().join(id),
-            point: self.points().join(id),
-            published: self.exported().join(id),
-        };
+        let mut storage = self.storage(id);
+        let share = self.clone();
         let work = move || {
             // Dropped on failure, which undoes what was done.
-            storage.build(&rootfs, &root, &binds)?;
+            storage.build(&rootfs, &root)?;
+            storage.volumes = share.volumes(&binds)?;
             Ok(storage)
         };
         match tokio::task::spawn_blocking(work).await {
             Ok(result) => result,
             Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
         }
+    }
+
+    fn storage(&self, id: &str) -> ContainerStorage {
+        ContainerStorage {
+            staging: self.staging().join(id),
+            point: self.points().join(id),
+            published: self.exported().join(id),
+            volumes: Vec::new(),
+        }
+    }
+
+    fn volumes(&self, binds: &[Bind]) -> Result<Vec<Arc<Volume>>, Error> {
+        let places = Places {
+            staging: self.staging(),
+            points: self.points(),
+            exported: self.exported(),
+        };
+        let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        binds
+            .iter()
+            .map(|bind| volumes.get(bind, &places))
+            .collect()
     }
 }
 
@@ -115,34 +141,26 @@ pub(crate) struct ContainerStorage {
     staging: PathBuf,
     point: PathBuf,
     published: PathBuf,
+    /// In the order in which they were asked for.
+    volumes: Vec<Arc<Volume>>,
 }
 
 impl ContainerStorage {
-    /// Moves the container's folder into the exported one. Not while the VM is being booted: a mount that appears while
-    /// the worker is on its way into its jail may miss it.
+    /// Moves the container's folder, and its volumes, into the exported one. Not while the VM is being booted: a mount that
+    /// appears while the worker is on its way into its jail may miss it.
     pub(crate) fn publish(&self) -> Result<(), Error> {
-        mount(
-            Some(&self.staging),
-            &self.published,
-            None::<&str>,
-            MsFlags::MS_MOVE,
-            None::<&str>,
-        )
-        .map_err(|errno| failed("publish", &self.published)(errno.into()))
-    }
-
-    /// Of a container that has nothing mounted, for tests.
-    #[cfg(test)]
-    pub(crate) fn empty() -> Self {
-        let absent = Path::new("/absent/storage");
-        Self {
-            staging: absent.to_owned(),
-            point: absent.to_owned(),
-            published: absent.to_owned(),
+        for volume in &self.volumes {
+            volume.publish()?;
         }
+        volume::move_mount(&self.staging, &self.published)
     }
 
-    fn build(&self, rootfs: &[Mount], root: &Path, binds: &[Bind]) -> Result<(), Error> {
+    /// The volumes in the exported folder, one for each bind mount.
+    pub(crate) fn volumes(&self) -> impl Iterator<Item = &str> {
+        self.volumes.iter().map(|volume| volume.name())
+    }
+
+    fn build(&self, rootfs: &[Mount], root: &Path) -> Result<(), Error> {
         for folder in [&self.staging, &self.point] {
             std::fs::create_dir(folder).map_err(failed("create folder", folder))?;
         }
@@ -154,16 +172,6 @@ impl ContainerStorage {
         std::fs::create_dir(&target).map_err(failed("create folder", &target))?;
         rootfs::mount(rootfs, root, &target)?;
 
-        let mounts = self.staging.join(MOUNTS);
-        std::fs::create_dir(&mounts).map_err(failed("create folder", &mounts))?;
-        for (number, bind) in binds.iter().enumerate() {
-            bind::mount(bind, &mounts.join(number.to_string())).map_err(|source| Error::Bind {
-                source_path: bind.source.clone(),
-                destination: bind.destination.display().to_string(),
-                source,
-            })?;
-        }
-
         // Nothing but the mounts in it is for the guest to write to.
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
         read_only(&self.staging, flags).map_err(failed("make read-only", &self.staging))
@@ -172,26 +180,39 @@ impl ContainerStorage {
 
 impl Drop for ContainerStorage {
     fn drop(&mut self) {
-        for mounted in [&self.published, &self.staging] {
-            // Detached: the guest may hold files open, which the worker does on its behalf.
-            match umount2(mounted, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-                Ok(()) => {}
-                // Not a mount point, or not there: the build did not come so far.
-                Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
-                Err(errno) => {
-                    // Nothing may be removed below what may still be mounted.
-                    warn!("cannot unmount {}: {errno}", mounted.display());
-                    return;
-                }
+        take_down(
+            [&self.published, &self.staging],
+            [&self.staging, &self.point],
+        );
+    }
+}
+
+/// Unmounts what may be mounted at `mounted`, and removes the mount points.
+fn take_down(mounted: [&PathBuf; 2], points: [&PathBuf; 2]) {
+    for mounted in mounted {
+        // Detached: the guest may hold files open, which the worker does on its behalf.
+        match umount2(mounted, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => {}
+            // Not a mount point, or not there: the build did not come so far.
+            Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
+            Err(errno) => {
+                // Nothing may be removed below what may still be mounted.
+                warn!("cannot unmount {}: {errno}", mounted.display());
+                return;
             }
         }
-        for folder in [&self.staging, &self.point] {
-            match std::fs::remove_dir_all(folder) {
-                Err(err) if err.kind() != io::ErrorKind::NotFound => {
-                    warn!("cannot remove {}: {err}", folder.display());
-                }
-                _ => {}
+    }
+    for point in points {
+        let removed = if point.is_dir() {
+            std::fs::remove_dir_all(point)
+        } else {
+            std::fs::remove_file(point)
+        };
+        match removed {
+            Err(err) if err.kind() != io::ErrorKind::NotFound => {
+                warn!("cannot remove {}: {err}", point.display());
             }
+            _ => {}
         }
     }
 }

@@ -10,15 +10,18 @@ use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use husk_protocol::agent::{self, CreateContainerRequest};
 use log::info;
 use oci_spec::runtime::{LinuxNamespaceType, Process as OciProcess, Spec};
+use tokio::sync::Notify;
 
 use crate::container::{Container, Parts};
 use crate::error::Error;
 use crate::hooks::{self, HookState};
 use crate::network;
 use crate::options;
+use crate::pod::{Kind, Limits};
 use crate::process::{Process, TtySize};
 use crate::sandbox::Sandbox;
 use crate::spec::{self, Divided, VmSize};
+use crate::storage::{self, ContainerStorage};
 use crate::streams::{self, Ends, LogIdentity, Ports, Stdio};
 
 /// Written to the bundle, so that the `delete` action finds the worker of a shim that is gone.
@@ -82,7 +85,15 @@ impl Sandbox {
         let config = options::config(request.options.as_ref())?
             .with_annotations(annotations.map(|(name, value)| (name.as_str(), value.as_str())))
             .map_err(Error::Config)?;
-        let size = spec::vm_size(&spec, config.vm(), host_size()?);
+        let kind = Kind::of(&spec)?;
+        if let Kind::Member { sandbox } = &kind {
+            self.must_have_sandbox(sandbox)?;
+        }
+        let limits = match kind {
+            Kind::Sandbox => Limits::of_sandbox(&spec)?,
+            Kind::Single | Kind::Member { .. } => Limits::of_container(&spec),
+        };
+        let size = spec::vm_size(limits, config.vm(), host_size()?);
         let network = network::Wanted {
             place: network::Place::of(&spec),
             config: config.network(),
@@ -91,28 +102,35 @@ impl Sandbox {
         };
         let oci_version = spec.version().clone();
         let own_pid_namespace = has_own_pid_namespace(&spec);
-        let Divided {
-            guest,
-            root,
-            binds,
-            hooks,
-        } = spec::divide(spec, &request.id)?;
-        let tty_size = guest.process().as_ref().map(tty_size).unwrap_or_default();
+        let mut divided = divide(spec, &request.id, &kind).await?;
+        let process = divided.guest.process().as_ref();
+        let tty_size = process.map(tty_size).unwrap_or_default();
 
-        // The guest boots while the host mounts.
+        // The guest boots while the host mounts, and no longer than that can succeed.
         let first = self.running_vm().is_none();
-        let (vm, storage, ends) = tokio::join!(
-            self.vm(config.vm(), size, &network),
-            self.share().prepare(
-                &request.id,
-                request.rootfs,
-                request.bundle.join(root),
-                binds
-            ),
-            streams::open(&request.stdio, self.log_identity(&request.id)),
-        );
-        let (vm, storage, ends) = (vm?, storage?, ends?);
-        storage.publish()?;
+        let host_failed = Notify::new();
+        let host = async {
+            let prepared = tokio::join!(
+                self.prepare_storage(&kind, &request, &divided),
+                streams::open(&request.stdio, self.log_identity(&request.id)),
+            );
+            let (storage, ends) = match prepared {
+                (Ok(storage), Ok(ends)) => (storage, ends),
+                (Err(err), _) | (_, Err(err)) => {
+                    host_failed.notify_one();
+                    return Err(err);
+                }
+            };
+            Ok((storage, ends))
+        };
+        let (vm, host) = tokio::join!(self.vm(config.vm(), size, &network, &host_failed), host);
+        let (storage, ends) = host?;
+        let vm = vm?;
+        if let Some(storage) = &storage {
+            storage.publish()?;
+            divided.place(storage.volumes());
+        }
+        let hooks = divided.hooks;
         let prepared = Instant::now();
 
         let pid_file = request.bundle.join(WORKER_PID_FILE);
@@ -137,7 +155,7 @@ impl Sandbox {
         .await?;
 
         let init = Process::new(String::new(), request.stdio, tty_size);
-        let guest = serde_json::to_vec(&guest).map_err(|source| Error::InvalidRequest {
+        let guest = serde_json::to_vec(&divided.guest).map_err(|source| Error::InvalidRequest {
             what: "OCI configuration",
             source: source.into(),
         })?;
@@ -146,6 +164,8 @@ impl Sandbox {
                 container_id: request.id.clone(),
                 spec: guest,
                 stdio: Some(stdio).into(),
+                sandbox: kind == Kind::Sandbox,
+                volumes: divided.volumes,
                 ..Default::default()
             };
             vm.agent().create_container(request).await
@@ -167,6 +187,7 @@ impl Sandbox {
             bundle: request.bundle,
             oci_version,
             own_pid_namespace,
+            is_sandbox: kind == Kind::Sandbox,
             hooks,
             init,
             vm,
@@ -174,11 +195,48 @@ impl Sandbox {
         }))
     }
 
+    /// Containers come after their sandbox, and not without it: its VM is theirs.
+    fn must_have_sandbox(&self, id: &str) -> Result<(), Error> {
+        match self.container(id) {
+            Ok(sandbox) if sandbox.init().exit().is_none() => Ok(()),
+            Ok(_) | Err(_) => Err(Error::NoSandbox { id: id.to_owned() }),
+        }
+    }
+
+    /// None for a sandbox: what containerd mounts for it is an image without use.
+    async fn prepare_storage(
+        &self,
+        kind: &Kind,
+        request: &Create,
+        divided: &Divided,
+    ) -> Result<Option<ContainerStorage>, Error> {
+        if *kind == Kind::Sandbox {
+            return Ok(None);
+        }
+        let root = request.bundle.join(&divided.root);
+        let binds = divided.binds.clone();
+        let rootfs = request.rootfs.clone();
+        self.share()
+            .prepare(&request.id, rootfs, root, binds)
+            .await
+            .map(Some)
+    }
+
     fn log_identity<'a>(&'a self, id: &'a str) -> LogIdentity<'a> {
         LogIdentity {
             namespace: self.namespace(),
             id,
         }
+    }
+}
+
+/// Divides a specification. Looking at what it mounts may wait for a disk or a server.
+async fn divide(spec: Spec, id: &str, kind: &Kind) -> Result<Divided, Error> {
+    let (id, kind) = (id.to_owned(), kind.clone());
+    let work = move || spec::divide(spec, &id, &kind, storage::look);
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
     }
 }
 
@@ -220,7 +278,7 @@ pub(super) fn tty_size(process: &OciProcess) -> TtySize {
 
 /// Ids become names of folders.
 pub(super) fn check_id(id: &str) -> Result<(), Error> {
-    if id.is_empty() || id == "." || id == ".." || id.contains(['/', '\0']) {
+    if id.is_empty() || id.starts_with('.') || id.contains(['/', '\0']) {
         return Err(Error::InvalidId(format!("{id:?}")));
     }
     Ok(())
@@ -254,9 +312,9 @@ fn has_own_pid_namespace(spec: &Spec) -> bool {
         .as_ref()
         .and_then(|linux| linux.namespaces().as_ref())
         .is_some_and(|namespaces| {
-            namespaces
-                .iter()
-                .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
+            namespaces.iter().any(|namespace| {
+                namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none()
+            })
         })
 }
 
@@ -287,10 +345,10 @@ mod tests {
 
     #[test]
     fn ids_that_lead_elsewhere_are_refused() {
-        for id in ["", ".", "..", "a/b", "../x", "a\0"] {
+        for id in ["", ".", "..", ".hidden", "a/b", "../x", "a\0"] {
             assert!(matches!(check_id(id), Err(Error::InvalidId(_))), "{id:?}");
         }
-        for id in ["x", "a.b", "...", "pod-1_2"] {
+        for id in ["x", "a.b", "pod-1_2"] {
             check_id(id).unwrap();
         }
     }

@@ -16,6 +16,9 @@ const KILL: u32 = 9;
 /// How long a container may outlive SIGKILL: as long as the system calls that its processes are in.
 const OBEY_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long an agent may take for a question that costs it nothing before its guest counts as stuck.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
 impl Sandbox {
     /// Sends `signal`. An ended process is `NotFound`, as with runc.
     pub(crate) async fn kill(
@@ -48,16 +51,28 @@ impl Sandbox {
         }
     }
 
-    /// Ends the VM if its only container does not end although it is killed: the guest, which is asked to do that, may
-    /// be stuck or hostile, and nobody else could get rid of it.
+    /// Ends the VM if a container does not end although it is killed: the guest, which is asked to do that, may be stuck or
+    /// hostile, and nobody else could get rid of it. As long as the VM is others' too, it is for them, unless it is stuck.
     fn insist(self: &Arc<Self>, container: Arc<Container>) {
         let sandbox = self.clone();
         tokio::spawn(async move {
             let ended = tokio::time::timeout(OBEY_LIMIT, container.init().wait()).await;
-            if ended.is_err() && sandbox.has_no_other(container.id()) {
+            if ended.is_ok() {
+                return;
+            }
+            let of_no_use = container.is_sandbox() || sandbox.has_no_other(container.id());
+            if of_no_use || !answers(&container).await {
                 warn!("{} outlives SIGKILL, so its VM is ended", container.id());
                 container.vm().stop().await;
             }
         });
     }
+}
+
+/// Whether the guest's agent still answers.
+async fn answers(container: &Container) -> bool {
+    let asked = container.vm().agent().list_processes(container.id());
+    tokio::time::timeout(ANSWER_LIMIT, asked)
+        .await
+        .is_ok_and(|answer| !matches!(answer, Err(Error::AgentGone { .. })))
 }

@@ -1,0 +1,204 @@
+//! What containerd's CRI says in annotations: whether a container is a pod's sandbox or one of its containers, and what the
+//! pod may use in all. `ctr` and others say nothing: their containers are alone in their VMs.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use oci_spec::runtime::Spec;
+
+use crate::error::Error;
+
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+
+/// What a container is to its VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// The only one.
+    Single,
+    /// The one that stands for the pod and holds its namespaces; it runs no program.
+    Sandbox,
+    /// One that joins a sandbox.
+    Member {
+        /// The sandbox's id.
+        sandbox: String,
+    },
+}
+
+impl Kind {
+    /// The kind of the container with this specification.
+    ///
+    /// # Errors
+    /// `UnsupportedSpec` for annotations that contradict each other.
+    pub(crate) fn of(spec: &Spec) -> Result<Self, Error> {
+        let annotation = |name| annotation(spec.annotations().as_ref(), name);
+        match annotation(CONTAINER_TYPE) {
+            None => Ok(Self::Single),
+            Some("sandbox") => Ok(Self::Sandbox),
+            Some("container") => match annotation(SANDBOX_ID) {
+                Some(sandbox) if !sandbox.is_empty() => Ok(Self::Member {
+                    sandbox: sandbox.to_owned(),
+                }),
+                _ => Err(Error::UnsupportedSpec(format!(
+                    "is that of a container in a pod but names none: there is no annotation {SANDBOX_ID}"
+                ))),
+            },
+            Some(other) => Err(Error::UnsupportedSpec(format!(
+                "has {other:?} as {CONTAINER_TYPE}, which is neither sandbox nor container"
+            ))),
+        }
+    }
+
+    /// Whether `source` on the host is the /dev/shm that containerd has made for the pod.
+    pub(crate) fn is_shm(&self, source: &Path) -> bool {
+        match self {
+            Self::Single | Self::Sandbox => false,
+            Self::Member { sandbox } => source.ends_with(Path::new(sandbox).join("shm")),
+        }
+    }
+}
+
+/// What containers may use; `None` is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Limits {
+    pub(crate) cpus: Option<u64>,
+    pub(crate) memory_bytes: Option<u64>,
+}
+
+impl Limits {
+    /// Those of the pod of a sandbox: the sum of what its containers may use, which kubelet tells beforehand.
+    ///
+    /// # Errors
+    /// `UnsupportedSpec` for annotations that are no numbers.
+    pub(crate) fn of_sandbox(spec: &Spec) -> Result<Self, Error> {
+        let number = |name| {
+            annotation(spec.annotations().as_ref(), name).map_or(Ok(0), |text| {
+                text.parse::<i64>().map_err(|_| {
+                    Error::UnsupportedSpec(format!("has {text:?} as {name}, which is no number"))
+                })
+            })
+        };
+        let (quota, period, memory) = (number(CPU_QUOTA)?, number(CPU_PERIOD)?, number(MEMORY)?);
+        Ok(Self {
+            cpus: cpus(quota, u64::try_from(period).unwrap_or(0)),
+            memory_bytes: positive(memory),
+        })
+    }
+
+    /// Those of one container.
+    pub(crate) fn of_container(spec: &Spec) -> Self {
+        let resources = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.resources().as_ref());
+        let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+        let memory = resources.and_then(|resources| resources.memory().as_ref());
+        Self {
+            cpus: cpu.and_then(|cpu| cpus(cpu.quota()?, cpu.period()?)),
+            memory_bytes: memory.and_then(|memory| positive(memory.limit()?)),
+        }
+    }
+}
+
+/// As many processors as it takes to use up the quota.
+fn cpus(quota: i64, period: u64) -> Option<u64> {
+    let quota = positive(quota)?;
+    (period > 0).then(|| quota.div_ceil(period))
+}
+
+fn positive(number: i64) -> Option<u64> {
+    u64::try_from(number).ok().filter(|&number| number > 0)
+}
+
+fn annotation<'a>(annotations: Option<&'a HashMap<String, String>>, name: &str) -> Option<&'a str> {
+    annotations?.get(name).map(String::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(annotations: &Value) -> Spec {
+        serde_json::from_value(json!({"ociVersion": "1.1.0", "annotations": annotations})).unwrap()
+    }
+
+    #[test]
+    fn kind_is_told_by_annotations() {
+        let kind = |annotations: Value| Kind::of(&spec(&annotations));
+        assert_eq!(kind(json!({})).unwrap(), Kind::Single);
+        // A group of `ctr`'s, which is no pod.
+        assert_eq!(
+            kind(json!({"io.kubernetes.cri.sandbox-id": "p"})).unwrap(),
+            Kind::Single
+        );
+        let sandbox = json!({
+            "io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "p"
+        });
+        assert_eq!(kind(sandbox).unwrap(), Kind::Sandbox);
+        let member = json!({
+            "io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "p"
+        });
+        let sandbox = "p".to_owned();
+        assert_eq!(kind(member).unwrap(), Kind::Member { sandbox });
+    }
+
+    #[test]
+    fn nonsense_in_annotations_is_named() {
+        for (annotations, word) in [
+            (
+                json!({"io.kubernetes.cri.container-type": "pod"}),
+                "\"pod\"",
+            ),
+            (
+                json!({"io.kubernetes.cri.container-type": "container"}),
+                "sandbox-id",
+            ),
+        ] {
+            let err = Kind::of(&spec(&annotations)).unwrap_err().to_string();
+            assert!(err.contains(word), "{err}");
+        }
+        let memory = spec(&json!({"io.kubernetes.cri.sandbox-memory": "much"}));
+        let err = Limits::of_sandbox(&memory).unwrap_err().to_string();
+        assert!(
+            err.contains("\"much\"") && err.contains("sandbox-memory"),
+            "{err}"
+        );
+    }
+
+    #[test]
+    fn limits_of_a_pod_are_in_its_annotations() {
+        let limits = Limits::of_sandbox(&spec(&json!({
+            "io.kubernetes.cri.sandbox-cpu-period": "100000",
+            "io.kubernetes.cri.sandbox-cpu-quota": "250000",
+            "io.kubernetes.cri.sandbox-memory": "1048576"
+        })));
+        let expected = Limits {
+            cpus: Some(3),
+            memory_bytes: Some(1 << 20),
+        };
+        assert_eq!(limits.unwrap(), expected);
+        // What kubelet says of a pod without limits.
+        let none = Limits::of_sandbox(&spec(&json!({
+            "io.kubernetes.cri.sandbox-cpu-period": "100000",
+            "io.kubernetes.cri.sandbox-cpu-quota": "0",
+            "io.kubernetes.cri.sandbox-memory": "0"
+        })));
+        assert_eq!(none.unwrap(), Limits::default());
+    }
+
+    #[test]
+    fn shm_of_the_pod_is_known_by_its_place() {
+        let member = Kind::Member {
+            sandbox: "p".to_owned(),
+        };
+        assert!(member.is_shm(Path::new("/run/containerd/cri/sandboxes/p/shm")));
+        assert!(!member.is_shm(Path::new("/dev/shm")));
+        assert!(!member.is_shm(Path::new("/run/containerd/cri/sandboxes/q/shm")));
+        assert!(!Kind::Single.is_shm(Path::new("/sandboxes/p/shm")));
+    }
+}
