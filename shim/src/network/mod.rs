@@ -86,8 +86,8 @@ pub(crate) struct Wanted<'a> {
 /// A pod's network, connected to devices that wait for a VM.
 #[derive(Debug, Default)]
 pub(crate) struct Network {
-    /// `None` if nothing was changed anywhere.
-    namespace: Option<Namespace>,
+    /// Where something was changed, and the record of it.
+    changed: Option<(Namespace, PathBuf)>,
     nics: Vec<Nic>,
     guest: UpdateNetworkRequest,
     took: Duration,
@@ -141,12 +141,12 @@ impl Network {
         match connect(&namespace, &netlink, &found.interfaces, wanted).await {
             Ok(nics) => Ok(Self {
                 guest: settings::request(&found),
-                namespace: Some(namespace),
+                changed: Some((namespace, wanted.record.to_owned())),
                 nics,
                 took: begin.elapsed(),
             }),
             Err(err) => {
-                take_back(&namespace).await;
+                take_back(&namespace, wanted.record).await;
                 Err(err)
             }
         }
@@ -172,7 +172,7 @@ impl Network {
 
     /// What the agent has to set; `None` if there is nothing to set.
     pub(crate) fn guest(&self) -> Option<&UpdateNetworkRequest> {
-        self.namespace.as_ref().map(|_| &self.guest)
+        self.changed.as_ref().map(|_| &self.guest)
     }
 
     /// How long it took to set it up.
@@ -182,8 +182,8 @@ impl Network {
 
     /// Gives the namespace back as it was. To be called when the VM has ended; may be called more than once.
     pub(crate) async fn remove(&self) {
-        if let Some(namespace) = &self.namespace {
-            take_back(namespace).await;
+        if let Some((namespace, record)) = &self.changed {
+            take_back(namespace, record).await;
         }
     }
 }
@@ -194,19 +194,24 @@ pub(crate) async fn remove_recorded(record: &Path) {
     if let Ok(path) = std::fs::read(record) {
         // Where the namespace is gone, so is all that was in it.
         if let Ok(namespace) = Namespace::open(Path::new(OsStr::from_bytes(&path))) {
-            take_back(&namespace).await;
+            take_back(&namespace, record).await;
         }
     }
 }
 
-async fn take_back(namespace: &Namespace) {
+/// Without the record nobody does it a second time, when the namespace may be another VM's.
+async fn take_back(namespace: &Namespace, record: &Path) {
     let removed = async { redirect::remove(&namespace.connect().await?).await };
     if let Err(err) = removed.await {
-        warn!(
-            "network namespace {}: {}",
-            namespace.path().display(),
-            chain(&err)
-        );
+        let path = namespace.path().display();
+        warn!("network namespace {path}: {}", chain(&err));
+        return;
+    }
+    match std::fs::remove_file(record) {
+        Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
+            warn!("cannot remove {}: {err}", record.display());
+        }
+        _ => {}
     }
 }
 
