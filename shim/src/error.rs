@@ -28,6 +28,11 @@ pub(crate) enum Error {
     ProcessExists { exec_id: String },
     #[error("container {id} init process is not running")]
     InitNotRunning { id: String },
+    #[error(
+        "the cgroup of the pod allows {allowed_mib} MiB of memory, and a VM needs {needed_mib} MiB at least: raise the \
+         limits of its containers, or the overhead of its RuntimeClass"
+    )]
+    TooLittleMemory { allowed_mib: u64, needed_mib: u64 },
     #[error("sandbox {id} does not run")]
     NoSandbox { id: String },
     #[error("process not created")]
@@ -172,6 +177,7 @@ impl Error {
             | Self::Config(_)
             | Self::ReadSpec { .. }
             | Self::UnsupportedSpec(_)
+            | Self::TooLittleMemory { .. }
             | Self::UnknownScheme { .. } => Code::INVALID_ARGUMENT,
             Self::WrongState { .. }
             | Self::ExecInState { .. }

@@ -2,6 +2,7 @@
 //! worker process of that machine.
 
 mod agent;
+mod cgroup;
 mod console;
 mod container;
 mod error;

@@ -4,11 +4,14 @@
 //! look-ups only, never over an `.await`.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use containerd_shim::event::Event;
+use log::warn;
 use tokio::sync::{Notify, OnceCell, watch};
 
+use crate::cgroup::PodCgroup;
 use crate::container::Container;
 use crate::error::Error;
 use crate::events::Events;
@@ -26,6 +29,7 @@ pub(crate) struct Sandbox {
     share: Share,
     events: Events,
     containers: Mutex<HashMap<String, Slot>>,
+    cgroup: OnceLock<PodCgroup>,
     vm: Mutex<VmCell>,
     /// containerd has given up the containers that are being created, and does not come back.
     abandoned: watch::Sender<bool>,
@@ -46,6 +50,7 @@ impl Sandbox {
             share,
             events,
             containers: Mutex::default(),
+            cgroup: OnceLock::new(),
             vm: Mutex::default(),
             abandoned: watch::Sender::new(false),
             shut_down: watch::Sender::new(false),
@@ -96,6 +101,27 @@ impl Sandbox {
 
     pub(crate) fn is_empty(&self) -> bool {
         lock(&self.containers).is_empty()
+    }
+
+    /// Moves the shim, and what it will start, to the group of the host that `path` names; once. A host on which that does
+    /// not work has the pod nevertheless.
+    pub(crate) fn enter_cgroup(&self, path: &Path) {
+        if self.cgroup.get().is_some() {
+            return;
+        }
+        match PodCgroup::enter(path) {
+            Ok(Some(group)) => {
+                // The creator of a first container is alone.
+                let _ = self.cgroup.set(group);
+            }
+            Ok(None) => {}
+            Err(err) => warn!("cannot move to the cgroup {}: {err}", path.display()),
+        }
+    }
+
+    /// The group of the host that the pod is in.
+    pub(crate) fn cgroup(&self) -> Option<&PodCgroup> {
+        self.cgroup.get()
     }
 
     /// The sandbox's VM; boots it, with the network that is wanted, if there is none yet. `give_up` ends a boot that is

@@ -24,6 +24,12 @@ pub(crate) const ROOTFS: &str = "rootfs";
 /// the agent live in the same memory, and must not make the limit unreachable.
 const GUEST_OVERHEAD_MIB: u64 = 128;
 
+/// The least memory that a guest boots and runs a container with, as for `vm.memory_mib` of the configuration.
+const LEAST_MIB: u64 = 64;
+
+/// What the shim and the worker need beside the guest's memory.
+const WORKER_MIB: u64 = 32;
+
 /// A configuration divided between guest and host.
 #[derive(Debug)]
 pub(crate) struct Divided {
@@ -217,8 +223,17 @@ pub(crate) fn drop_host_resources(resources: &mut LinuxResources) {
 }
 
 /// The size for a VM whose containers may use `limits`: never smaller than configured, nor, for a limit's sake, larger than
-/// the host.
-pub(crate) fn vm_size(limits: Limits, config: &husk_config::Vm, host: VmSize) -> VmSize {
+/// the host. Of the memory that the pod's cgroup is `allowed` on the host, in bytes, it leaves some for its worker: a guest
+/// that has used up its memory can still choose what to kill, while the host would take the VM.
+///
+/// # Errors
+/// `TooLittleMemory` if what is allowed is not enough for a VM.
+pub(crate) fn vm_size(
+    limits: Limits,
+    config: &husk_config::Vm,
+    host: VmSize,
+    allowed: Option<u64>,
+) -> Result<VmSize, Error> {
     let memory_mib = limits.memory_bytes.map_or(config.memory_mib(), |bytes| {
         let mib = bytes.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB);
         u32::try_from(mib)
@@ -226,9 +241,21 @@ pub(crate) fn vm_size(limits: Limits, config: &husk_config::Vm, host: VmSize) ->
             .min(host.memory_mib)
             .max(config.memory_mib())
     });
+    let memory_mib = match allowed.map(|bytes| bytes >> 20) {
+        Some(allowed_mib) if allowed_mib < LEAST_MIB + WORKER_MIB => {
+            return Err(Error::TooLittleMemory {
+                allowed_mib,
+                needed_mib: LEAST_MIB + WORKER_MIB,
+            });
+        }
+        Some(allowed_mib) => {
+            memory_mib.min(u32::try_from(allowed_mib - WORKER_MIB).unwrap_or(u32::MAX))
+        }
+        None => memory_mib,
+    };
     let wanted = u8::try_from(limits.cpus.unwrap_or(0)).unwrap_or(u8::MAX);
     let vcpus = wanted.min(host.vcpus).max(config.vcpus());
-    VmSize { vcpus, memory_mib }
+    Ok(VmSize { vcpus, memory_mib })
 }
 
 fn is_bind(mount: &Mount) -> bool {
@@ -309,6 +336,13 @@ fn translate_namespaces(
     // The VM is the network namespace.
     namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
     for namespace in &mut namespaces {
+        if namespace.typ() == LinuxNamespaceType::User {
+            return Err(Error::UnsupportedSpec(
+                "asks for a user namespace (hostUsers: false), which husk does not make: root of the guest is not \
+                 that of the host without one"
+                    .to_owned(),
+            ));
+        }
         let Some(path) = namespace.path() else {
             continue;
         };
@@ -537,6 +571,18 @@ mod tests {
     }
 
     #[test]
+    fn user_namespace_is_refused_before_anything_boots() {
+        for namespace in [
+            json!({"type": "user"}),
+            json!({"type": "user", "path": "/x"}),
+        ] {
+            let spec = spec(json!({"linux": {"namespaces": [namespace]}}));
+            let err = divide(spec, "x").unwrap_err().to_string();
+            assert!(err.contains("hostUsers"), "{err}");
+        }
+    }
+
+    #[test]
     fn seccomp_listener_of_the_host_is_refused() {
         let seccomp = json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/listener"});
         let err = divide(spec(json!({"linux": {"seccomp": seccomp}})), "x").unwrap_err();
@@ -706,7 +752,23 @@ mod tests {
                 vcpus: host_cpus,
                 memory_mib: 8192,
             },
+            None,
         )
+        .unwrap()
+    }
+
+    #[test]
+    fn vm_stays_within_what_its_cgroup_allows() {
+        let config = husk_config::Config::default();
+        let host = VmSize {
+            vcpus: 1,
+            memory_mib: 8192,
+        };
+        let sized = |allowed| vm_size(Limits::default(), config.vm(), host, allowed);
+        assert_eq!(sized(Some(8 << 30)).unwrap().memory_mib, 512);
+        assert_eq!(sized(Some(256 << 20)).unwrap().memory_mib, 224);
+        let err = sized(Some(40 << 20)).unwrap_err().to_string();
+        assert!(err.contains("40 MiB") && err.contains("96 MiB"), "{err}");
     }
 
     #[test]

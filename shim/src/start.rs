@@ -34,6 +34,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::cgroup;
 use crate::events::Events;
 use crate::network;
 use crate::process::KILLED;
@@ -244,6 +245,7 @@ fn spawn_server(flags: &Flags, socket: UnixListener, options: &Options) -> Resul
             .args(["-id", &flags.id])
             .args(["-address", &flags.address])
             .args(flags.debug.then_some("-debug"))
+            .envs((!options.shim_cgroup.is_empty()).then_some((cgroup::CHOSEN, "1")))
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(child_word.try_clone().map_err(StartError::Spawn)?)
@@ -317,6 +319,9 @@ fn delete(flags: &Flags) -> Result<DeleteResponse, StartError> {
         if !address.is_empty() {
             remove_file(socket_path(&address));
         }
+        if let Some(path) = cgroups_path(&bundle) {
+            cgroup::remove_left(&path);
+        }
         tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -334,6 +339,15 @@ fn delete(flags: &Flags) -> Result<DeleteResponse, StartError> {
         exited_at: Some(SystemTime::now().into()).into(),
         ..Default::default()
     })
+}
+
+/// The cgroup of a bundle's specification. One that cannot be read has none.
+fn cgroups_path(bundle: &Path) -> Option<PathBuf> {
+    let spec = fs::read(bundle.join("config.json")).ok()?;
+    let spec: Value = serde_json::from_slice(&spec).ok()?;
+    spec.pointer("/linux/cgroupsPath")?
+        .as_str()
+        .map(PathBuf::from)
 }
 
 /// Whether process `pid` is a worker of this program.
@@ -415,6 +429,9 @@ async fn serve_until_shutdown(
     }
     if let Some(vm) = sandbox.running_vm() {
         vm.stop().await;
+    }
+    if let Some(group) = sandbox.cgroup() {
+        group.leave();
     }
     sandbox.events().flush(FLUSH_LIMIT).await;
     // It waits for every request, and one of `Wait` may be for an exec that was never started.

@@ -12,6 +12,7 @@ use log::info;
 use oci_spec::runtime::{LinuxNamespaceType, Process as OciProcess, Spec};
 use tokio::sync::Notify;
 
+use crate::cgroup::PodCgroup;
 use crate::container::{Container, Parts};
 use crate::error::Error;
 use crate::hooks::{self, HookState};
@@ -93,7 +94,12 @@ impl Sandbox {
             Kind::Sandbox => Limits::of_sandbox(&spec)?,
             Kind::Single | Kind::Member { .. } => Limits::of_container(&spec),
         };
-        let size = spec::vm_size(limits, config.vm(), host_size()?);
+        let first = self.running_vm().is_none();
+        if first && let Some(path) = cgroups_path(&spec) {
+            self.enter_cgroup(path);
+        }
+        let allowed = self.cgroup().and_then(PodCgroup::memory_limit);
+        let size = spec::vm_size(limits, config.vm(), host_size()?, allowed)?;
         let network = network::Wanted {
             place: network::Place::of(&spec),
             config: config.network(),
@@ -107,7 +113,6 @@ impl Sandbox {
         let tty_size = process.map(tty_size).unwrap_or_default();
 
         // The guest boots while the host mounts, and no longer than that can succeed.
-        let first = self.running_vm().is_none();
         let host_failed = Notify::new();
         let host = async {
             let prepared = tokio::join!(
@@ -305,6 +310,10 @@ fn created_event(request: &Create) -> TaskCreate {
 fn load_spec(bundle: &Path) -> Result<Spec, Error> {
     let path = bundle.join("config.json");
     Spec::load(&path).map_err(|source| Error::ReadSpec { path, source })
+}
+
+fn cgroups_path(spec: &Spec) -> Option<&Path> {
+    spec.linux().as_ref()?.cgroups_path().as_deref()
 }
 
 fn has_own_pid_namespace(spec: &Spec) -> bool {

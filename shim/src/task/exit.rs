@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use containerd_shim::protos::events::task::TaskExit;
+use containerd_shim::protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim::protos::protobuf::well_known_types::timestamp::Timestamp;
 use log::warn;
 
+use crate::agent::Target;
+use crate::cgroup::PodCgroup;
 use crate::container::Container;
 use crate::error::Error;
 use crate::process::{Exit, KILLED, Process, ProcessState};
@@ -30,6 +32,7 @@ impl Sandbox {
                 if !matches!(err, Error::VmEnded(_)) {
                     warn!("the end of {target:?} is unknown: {}", err.chain());
                 }
+                sandbox.report_host_oom(&process, &target);
                 KILLED
             });
             if process.exec_id().is_empty() {
@@ -50,6 +53,23 @@ impl Sandbox {
                 ..Default::default()
             });
         });
+    }
+}
+
+impl Sandbox {
+    /// If it was the host's OOM killer that ended the VM, the container's first process was killed by it.
+    fn report_host_oom(&self, process: &Process, target: &Target) {
+        let is_first = process.exec_id().is_empty();
+        if is_first && self.cgroup().is_some_and(PodCgroup::has_oom_killed) {
+            warn!(
+                "{} was killed with its VM by the host's OOM killer",
+                target.id
+            );
+            self.publish(TaskOOM {
+                container_id: target.id.clone(),
+                ..Default::default()
+            });
+        }
     }
 }
 
