@@ -16,10 +16,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 use command_fds::{CommandFdExt, FdMapping};
-use husk_vmm::config::{DiskConfig, ShareConfig, VmConfig};
+use husk_vmm::NicFiles;
+use husk_vmm::config::{DiskConfig, NicConfig, ShareConfig, VmConfig};
 use husk_vmm::control::{self, Call, Event, ExitReason, Message, Reply, Request};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use support::{Guest, file_of, initramfs};
+use support::{Guest, file_of, initramfs, net};
 
 /// Where the worker finds its socket.
 const CONTROL: i32 = 3;
@@ -91,6 +92,16 @@ impl Worker {
 
     /// Boots a guest whose first process is the shell script `init`.
     fn boot(&self, init: &str, change: impl FnOnce(&mut VmConfig)) -> Result<Reply, String> {
+        self.boot_with(init, change, &[])
+    }
+
+    /// As [`Self::boot`], with network devices.
+    fn boot_with(
+        &self,
+        init: &str,
+        change: impl FnOnce(&mut VmConfig),
+        nics: &[NicFiles],
+    ) -> Result<Reply, String> {
         let Guest {
             mut config, kernel, ..
         } = Guest::new(init);
@@ -103,12 +114,15 @@ impl Worker {
             serial: "disk".to_owned(),
             read_only: false,
         });
-        let files = [
+        let mut files = vec![
             kernel.as_fd(),
             initramfs.as_fd(),
             self.console_writer.as_fd(),
             disk.as_fd(),
         ];
+        for nic in nics {
+            files.extend(nic.taps.iter().chain(&nic.vhost).map(AsFd::as_fd));
+        }
         self.ask(1, Call::Boot(config), &files);
         match self.hear() {
             Message::Reply { id: 1, result } => result,
@@ -221,6 +235,62 @@ fn guest_runs_jailed_until_it_powers_off() {
     assert!(output.contains("FILES-DONE"), "{output}");
     let copy = std::fs::read_to_string(share.path().join("a/copy")).unwrap();
     assert_eq!(copy, "HUSK-SAYS hello\n");
+}
+
+/// Uses each command of the driver's, takes the interfaces down and up again, and unbinds and binds their driver.
+const USE_NETWORK: &str = "\
+for n in 0 1; do
+    ip addr add 10.9.$n.2/24 dev eth$n; ifconfig eth$n up promisc allmulti
+    ping -c 1 -s 8000 10.9.$n.1 >/dev/null && echo HUSK eth$n
+done
+cd /sys/bus/virtio/drivers/virtio_net
+for n in 0 1; do
+    ip link set eth$n down; ip link set eth$n up
+    device=$(basename $(readlink /sys/class/net/eth$n/device))
+    echo $device > unbind; echo $device > bind
+    ip addr add 10.9.$n.2/24 dev eth$n; ip link set eth$n up
+    ping -c 1 10.9.$n.1 >/dev/null && echo HUSK eth$n again
+done
+poweroff -f
+";
+
+#[test]
+fn packets_leave_the_jail_and_come_in() {
+    if !has_kvm() {
+        return;
+    }
+    net::in_own_network(|| {
+        let nic = |number, vhost| NicConfig {
+            mac: [2, 0, 0, 0, 0, number],
+            mtu: 1500,
+            queue_pairs: 2,
+            vhost,
+        };
+        let nics = vec![nic(0, false), nic(1, true)];
+        let files = [
+            net::open("tap0", "10.9.0.1/24", &nics[0]),
+            net::open("tap1", "10.9.1.1/24", &nics[1]),
+        ];
+        let mut worker = Worker::spawn();
+        let change = |config: &mut VmConfig| {
+            config.vcpus = 2;
+            config.nics = nics;
+        };
+        let booted = worker.boot_with(USE_NETWORK, change, &files);
+        assert_eq!(booted, Ok(Reply::Booted));
+        let end = worker.hear();
+        let status = worker.child.wait().unwrap();
+        let output = worker.output().replace('\r', "");
+        assert_eq!(
+            end,
+            Message::Event(Event::Exited(ExitReason::PowerOff)),
+            "{output}"
+        );
+        assert!(status.success(), "{status}");
+        for line in ["eth0", "eth1", "eth0 again", "eth1 again"] {
+            assert!(output.contains(&format!("HUSK {line}\n")), "{output}");
+        }
+    });
 }
 
 #[test]

@@ -13,6 +13,11 @@ use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
     SeccompFilter, SeccompRule, TargetArch,
 };
+use vhost::vhost_kern::vhost_binding::{
+    VHOST_GET_VRING_BASE, VHOST_NET_SET_BACKEND, VHOST_SET_FEATURES, VHOST_SET_MEM_TABLE,
+    VHOST_SET_VRING_ADDR, VHOST_SET_VRING_BASE, VHOST_SET_VRING_CALL, VHOST_SET_VRING_ERR,
+    VHOST_SET_VRING_KICK, VHOST_SET_VRING_NUM,
+};
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
 use crate::virtio::DeviceType;
@@ -66,7 +71,7 @@ fn compile(role: Role) -> Result<BpfProgram, BackendError> {
                 }
                 DeviceType::Net => {
                     allow(&mut rules, NET);
-                    allow_ioctls(&mut rules, NET_IOCTLS)?;
+                    allow_ioctls(&mut rules, &net_ioctls())?;
                 }
                 DeviceType::Vsock => allow(&mut rules, VSOCK),
                 _ => {}
@@ -168,7 +173,8 @@ const CONTROL: &[i64] = &[
     libc::SYS_socketpair,
 ];
 
-const VCPU: &[i64] = &[];
+/// An eventfd for each interrupt that vhost raises is made when the driver starts the device.
+const VCPU: &[i64] = &[libc::SYS_eventfd2];
 
 /// To run; to start at the kernel's entry point, and to say where a guest has died; and to bind interrupts and doorbells
 /// when the driver configures a device.
@@ -218,8 +224,23 @@ const BLOCK_IOCTLS: &[u64] = &[
 /// `writev` every thread has.
 const NET: &[i64] = &[libc::SYS_readv];
 
-/// What a driver may ask of a tap: checksums and segmentation, and the number of queues.
-const NET_IOCTLS: &[u64] = &[libc::TUNSETOFFLOAD, libc::TUNSETQUEUE];
+/// What a driver may ask of a tap, checksums and segmentation and the number of queues; and to start and stop vhost-net.
+fn net_ioctls() -> [u64; 12] {
+    [
+        libc::TUNSETOFFLOAD,
+        libc::TUNSETQUEUE,
+        VHOST_SET_FEATURES(),
+        VHOST_SET_MEM_TABLE(),
+        VHOST_SET_VRING_NUM(),
+        VHOST_SET_VRING_BASE(),
+        VHOST_SET_VRING_ADDR(),
+        VHOST_SET_VRING_CALL(),
+        VHOST_SET_VRING_ERR(),
+        VHOST_SET_VRING_KICK(),
+        VHOST_GET_VRING_BASE(),
+        VHOST_NET_SET_BACKEND(),
+    ]
+}
 
 const VSOCK: &[i64] = &[
     libc::SYS_recvmsg,

@@ -5,20 +5,14 @@
     reason = "a test ends where something of its own fails"
 )]
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::process::Command;
-use std::thread;
 use std::time::Instant;
 
-use husk_vmm::NicFiles;
 use husk_vmm::config::NicConfig;
 use husk_vmm::control::ExitReason;
-use rustix::thread::UnshareFlags;
 
-use crate::support::{self, Guest};
+use crate::support::{self, Guest, net};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x11];
 /// Of the metrics.
@@ -41,82 +35,17 @@ cmp /all /got || fail content
 echo HUSK END; poweroff -f
 ";
 
-/// Opens the queues of a tap in this thread's network namespace, with an address.
-fn open_tap(queues: u8) -> Vec<OwnedFd> {
-    let several = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several;
-    let mut request = libc::ifreq {
-        ifr_name: [0; libc::IFNAMSIZ],
-        ifr_ifru: libc::__c_anonymous_ifr_ifru {
-            ifru_flags: libc::c_short::try_from(flags).unwrap(),
-        },
-    };
-    for (to, from) in request.ifr_name.iter_mut().zip(c"tap0".to_bytes()) {
-        *to = libc::c_char::try_from(*from).unwrap();
-    }
-    let open = || {
-        let tap = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/net/tun")
-            .unwrap();
-        // SAFETY: TUNSETIFF reads and writes an ifreq.
-        let done = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
-        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
-        tap.into()
-    };
-    let taps = std::iter::repeat_with(open).take(queues.into()).collect();
-    run("ip addr add 10.9.0.1/24 dev tap0");
-    run("ip link set tap0 up");
-    taps
-}
-
-fn run(command: &str) {
-    let words: Vec<_> = command.split(' ').collect();
-    let status = Command::new(words[0]).args(&words[1..]).status().unwrap();
-    assert!(status.success(), "{command}: {status}");
-}
-
-fn open_vhost(queues: u8) -> Vec<OwnedFd> {
-    let open = || {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/vhost-net");
-        file.unwrap().into()
-    };
-    std::iter::repeat_with(open).take(queues.into()).collect()
-}
-
-/// Calls `test` on a thread in a network namespace of its own.
-fn in_own_network(test: impl FnOnce() + Send + 'static) {
-    let thread = thread::spawn(|| {
-        // SAFETY: asks for no descriptor table of its own (CLONE_FILES), which is what could be unsound.
-        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
-        test();
-    });
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
 fn guest(queue_pairs: u8, vhost: bool) -> Guest {
     let mut guest = Guest::new(EXCHANGE);
     guest.config.vcpus = queue_pairs;
-    guest.config.nics = vec![NicConfig {
+    let config = NicConfig {
         mac: MAC,
         mtu: 1500,
         queue_pairs,
         vhost,
-    }];
-    guest.nics = vec![NicFiles {
-        taps: open_tap(queue_pairs),
-        vhost: if vhost {
-            open_vhost(queue_pairs)
-        } else {
-            Vec::new()
-        },
-    }];
+    };
+    guest.nics = vec![net::open("tap0", "10.9.0.1/24", &config)];
+    guest.config.nics = vec![config];
     guest
 }
 
@@ -153,7 +82,7 @@ fn report(what: &str, bytes: &[u8], begin: Instant) {
 }
 
 fn passes(queue_pairs: u8, vhost: bool) {
-    in_own_network(move || {
+    net::in_own_network(move || {
         let listen = |port| TcpListener::bind(("10.9.0.1", port)).unwrap();
         let guest = guest(queue_pairs, vhost);
         let (upload, download) = (listen(5000), listen(5001));
@@ -198,4 +127,16 @@ fn the_worker_moves_packets_both_ways() {
 fn the_worker_moves_packets_of_several_queues() {
     support::require_kvm!();
     passes(2, false);
+}
+
+#[test]
+fn the_kernel_moves_packets_both_ways() {
+    support::require_kvm!();
+    passes(1, true);
+}
+
+#[test]
+fn the_kernel_moves_packets_of_several_queues() {
+    support::require_kvm!();
+    passes(2, true);
 }

@@ -12,6 +12,7 @@
 )]
 
 mod cpio;
+pub(crate) mod net;
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};

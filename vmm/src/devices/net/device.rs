@@ -1,8 +1,10 @@
 //! The driver fills receive queues with buffers and transmit queues with packets, each packet behind a header that says
 //! what is left to do of checksum and segmentation; a tap of the host takes and gives packets in the same form. Each pair
-//! of queues has its queue of the tap and a thread, the first pair's also serves the control queue.
+//! of queues has its queue of the tap and a thread; the first pair's also serves the control queue. Packets are moved by
+//! that thread, or by the host's kernel (vhost-net), which the thread then only looks after.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -16,19 +18,21 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+use vm_memory::GuestMemoryMmap;
 
 use super::control::{Commands, Control, GUEST_OFFLOADS, Settings, tap_offloads};
 use super::metrics::NetMetrics;
 use super::pair::{Layout, Pair};
 use super::tap::{KernelTap, Tap};
-use super::worker::{Leader, NetWorker};
+use super::vhost::{KernelPair, KernelQueue, Vhost, VhostError};
+use super::worker::{Leader, NetWorker, Path};
 use super::{receive_queue, transmit_queue};
 use crate::config::NicConfig;
 use crate::snapshot::{RestoreError, Snapshot};
 use crate::virtio::queue::{QueueError, Virtqueue, take_queue};
 use crate::virtio::worker::{ThreadSetup, Worker};
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, read_config_space,
+    ActivateError, Activation, ActiveQueue, DeviceType, Interrupt, VirtioDevice, read_config_space,
 };
 use crate::vmm::NicFiles;
 
@@ -78,6 +82,9 @@ pub enum NetError {
     /// The thread cannot wait for the tap.
     #[error("cannot wait for the tap")]
     Poll(#[source] io::Error),
+    /// The host's kernel does not move the packets.
+    #[error("vhost-net cannot be used")]
+    Vhost(#[from] VhostError),
     /// A thread cannot be made.
     #[error("cannot start the network device")]
     Start(#[source] io::Error),
@@ -87,7 +94,54 @@ pub enum NetError {
 #[derive(Debug)]
 struct PairParts {
     tap: Arc<dyn Tap>,
+    /// If the host's kernel moves the packets.
+    vhost: Option<Arc<Vhost>>,
     worker: Worker<NetWorker>,
+}
+
+impl PairParts {
+    /// Who moves the packets of these queues.
+    fn path(
+        &self,
+        rx: ActiveQueue,
+        tx: ActiveQueue,
+        common: &Common,
+    ) -> Result<Path, ActivateError> {
+        let tap = Arc::clone(&self.tap);
+        let Some(vhost) = &self.vhost else {
+            let (rx, tx) = (common.virtqueue(rx), common.virtqueue(tx));
+            let metrics = Arc::clone(&common.metrics);
+            return Ok(Path::Worker(Pair::new(rx, tx, tap, common.layout, metrics)));
+        };
+        let queues = [common.kernel_queue(rx)?, common.kernel_queue(tx)?];
+        let memory = Arc::clone(&common.memory);
+        KernelPair::new(Arc::clone(vhost), tap, memory, common.features, queues)
+            .map(Path::Kernel)
+            .map_err(ActivateError::Worker)
+    }
+}
+
+/// What all pairs get at an activation.
+struct Common {
+    memory: Arc<GuestMemoryMmap>,
+    features: u64,
+    interrupt: Arc<dyn Interrupt>,
+    layout: Layout,
+    metrics: Arc<NetMetrics>,
+}
+
+impl Common {
+    fn virtqueue(&self, queue: ActiveQueue) -> Virtqueue {
+        Virtqueue::new(queue, Arc::clone(&self.memory), Arc::clone(&self.interrupt))
+    }
+
+    fn kernel_queue(&self, active: ActiveQueue) -> Result<KernelQueue, ActivateError> {
+        let call = self
+            .interrupt
+            .call(active.index)
+            .map_err(ActivateError::Worker)?;
+        Ok(KernelQueue { active, call })
+    }
 }
 
 /// A network device.
@@ -127,36 +181,38 @@ impl NetDevice {
             .into_iter()
             .map(|tap| Arc::new(tap) as Arc<dyn Tap>)
             .collect();
-        Self::with_taps(config, taps, features, setup)
+        Self::with_taps(config, taps, files.vhost, features, setup)
     }
 
     pub(super) fn with_taps(
         config: &NicConfig,
         taps: Vec<Arc<dyn Tap>>,
-        features: u64,
+        vhost: Vec<OwnedFd>,
+        mut features: u64,
         setup: ThreadSetup,
     ) -> Result<Self, NetError> {
-        let multi_queue = if taps.len() > 1 {
-            1 << VIRTIO_NET_F_MQ
-        } else {
-            0
-        };
+        if taps.len() > 1 {
+            features |= 1 << VIRTIO_NET_F_MQ;
+        }
         let mut queue_sizes = vec![PACKET_QUEUE_SIZE; 2 * taps.len()];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
-        let pairs = taps
-            .into_iter()
-            .map(|tap| {
-                Ok(PairParts {
-                    tap,
-                    worker: Worker::spawn("net", DeviceType::Net, setup)?,
-                })
-            })
-            .collect::<Result<_, _>>()
-            .map_err(NetError::Start)?;
+        let mut vhost = vhost.into_iter();
+        let mut pairs = Vec::new();
+        for tap in taps {
+            let vhost = vhost.next().map(Vhost::new).transpose()?.map(Arc::new);
+            if let Some(vhost) = &vhost {
+                features &= !vhost.missing_features();
+            }
+            pairs.push(PairParts {
+                tap,
+                vhost,
+                worker: Worker::spawn("net", DeviceType::Net, setup).map_err(NetError::Start)?,
+            });
+        }
         Ok(Self {
             mac: config.mac,
             mtu: config.mtu,
-            features: features | multi_queue,
+            features,
             queue_sizes,
             pairs,
             settings: None,
@@ -232,33 +288,32 @@ impl VirtioDevice for NetDevice {
             mut queues,
             interrupt,
         } = activation;
-        let memory = Arc::new(memory);
-        let mut take = |index| {
-            let queue = take_queue(&mut queues, index)?;
-            Some(Virtqueue::new(
-                queue,
-                Arc::clone(&memory),
-                Arc::clone(&interrupt),
-            ))
-        };
         // Without MQ the driver knows of one pair, and the control queue follows it (5.1.2).
         let known_pairs = if features & 1 << VIRTIO_NET_F_MQ == 0 {
             1
         } else {
             self.pair_count()
         };
+        let common = Common {
+            memory: Arc::new(memory),
+            features,
+            interrupt,
+            layout: self.layout(features),
+            metrics: Arc::clone(&self.metrics),
+        };
         let control_queue = if features & 1 << VIRTIO_NET_F_CTRL_VQ == 0 {
             None
         } else {
-            take(2 * known_pairs)
+            take_queue(&mut queues, 2 * known_pairs).map(|queue| common.virtqueue(queue))
         };
         let mut enabled = Vec::new();
         for pair in 0..known_pairs {
-            let (rx, tx) = (receive_queue(pair), transmit_queue(pair));
-            match (take(rx), take(tx)) {
-                (Some(rx), Some(tx)) => enabled.push((rx, tx)),
-                (None, _) if pair == 0 => return Err(ActivateError::MissingQueue { index: rx }),
-                (_, None) if pair == 0 => return Err(ActivateError::MissingQueue { index: tx }),
+            let mut take = |index| take_queue(&mut queues, index).ok_or(index);
+            match (take(receive_queue(pair)), take(transmit_queue(pair))) {
+                (Ok(rx), Ok(tx)) => enabled.push((rx, tx)),
+                (Err(index), _) | (_, Err(index)) if pair == 0 => {
+                    return Err(ActivateError::MissingQueue { index });
+                }
                 // The driver does without this pair and those behind it.
                 _ => break,
             }
@@ -277,15 +332,13 @@ impl VirtioDevice for NetDevice {
         let mut leader = Some(Leader {
             control: Control::new(control_queue, commands),
             link_up: Arc::clone(&self.link_up),
-            interrupt: Arc::clone(&interrupt),
+            interrupt: Arc::clone(&common.interrupt),
         });
-        let layout = self.layout(features);
         for (parts, (rx, tx)) in self.pairs.iter_mut().zip(enabled) {
-            let tap = Arc::clone(&parts.tap);
-            let pair = Pair::new(rx, tx, Arc::clone(&tap), layout, Arc::clone(&self.metrics));
-            // The first pair's thread is the one that gets it.
-            let serve = NetWorker::new(pair, tap, leader.take());
-            parts.worker.start(serve, Arc::clone(&interrupt))?;
+            let path = parts.path(rx, tx, &common)?;
+            // The first pair's thread is the one that gets the leader.
+            let serve = NetWorker::new(path, Arc::clone(&parts.tap), leader.take());
+            parts.worker.start(serve, Arc::clone(&common.interrupt))?;
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Tests of the network device, by a driver that reads back what went through a tap, and one that means harm. The tap is
 //! one end of a pair of sockets that keep packets apart.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
@@ -13,11 +14,12 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::control::{Settings, tap_offloads};
 use super::device::{FEATURES, HEADER_LEN, MAX_PACKET_LEN, USO_FEATURES};
 use super::tap::Tap;
-use super::{NetDevice, NetState, receive_queue, transmit_queue};
+use super::{NetDevice, NetError, NetState, receive_queue, transmit_queue};
 use crate::config::NicConfig;
 use crate::snapshot::Snapshot;
 use crate::virtio::testing::{Buffer, Driver, RawDescriptor, Used};
 use crate::virtio::{ActivateError, VirtioDevice};
+use crate::vmm::NicFiles;
 
 const RX: u16 = receive_queue(0);
 const TX: u16 = transmit_queue(0);
@@ -41,6 +43,13 @@ enum Asked {
 }
 
 impl FakeTap {
+    fn new(socket: OwnedFd) -> Self {
+        Self {
+            socket,
+            asked: Mutex::default(),
+        }
+    }
+
     fn asked(&self) -> Vec<Asked> {
         self.asked.lock().unwrap().clone()
     }
@@ -75,28 +84,36 @@ struct Guest {
     peers: Vec<OwnedFd>,
 }
 
-fn device(pairs: usize) -> (NetDevice, Vec<Arc<FakeTap>>, Vec<OwnedFd>) {
-    let config = NicConfig {
+fn config(pairs: usize) -> NicConfig {
+    NicConfig {
         mac: [2, 0, 0, 0, 0, 1],
         mtu: 1400,
         queue_pairs: u8::try_from(pairs).unwrap(),
         vhost: false,
-    };
-    let (mut taps, mut peers) = (Vec::new(), Vec::new());
-    for _ in 0..pairs {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let (tap, peer) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-        taps.push(Arc::new(FakeTap {
-            socket: tap,
-            asked: Mutex::default(),
-        }));
-        peers.push(peer);
     }
+}
+
+fn sockets() -> (OwnedFd, OwnedFd) {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
+}
+
+fn device(pairs: usize) -> (NetDevice, Vec<Arc<FakeTap>>, Vec<OwnedFd>) {
+    let (sockets, peers): (Vec<_>, Vec<_>) = (0..pairs).map(|_| sockets()).unzip();
+    let taps: Vec<_> = sockets
+        .into_iter()
+        .map(FakeTap::new)
+        .map(Arc::new)
+        .collect();
     let ends = taps.iter().map(|tap| Arc::clone(tap) as Arc<dyn Tap>);
-    let device =
-        NetDevice::with_taps(&config, ends.collect(), FEATURES | USO_FEATURES, |_| Ok(())).unwrap();
-    (device, taps, peers)
+    let device = NetDevice::with_taps(
+        &config(pairs),
+        ends.collect(),
+        Vec::new(),
+        FEATURES | USO_FEATURES,
+        |_| Ok(()),
+    );
+    (device.unwrap(), taps, peers)
 }
 
 /// A packet that says how long it is and who it is.
@@ -207,6 +224,27 @@ fn several_queues_are_offered_only_where_there_are_some() {
     let (two, _, _peers) = device(2);
     assert_eq!(two.features() & mq, mq);
     assert_eq!(two.queue_max_sizes(), [256, 256, 256, 256, 64]);
+}
+
+#[test]
+fn descriptors_of_something_else_are_refused() {
+    let nothing = || File::open("/dev/null").unwrap().into();
+    let files = NicFiles {
+        taps: vec![nothing()],
+        vhost: Vec::new(),
+    };
+    let err = NetDevice::new(&config(1), files, |_| Ok(())).unwrap_err();
+    assert!(matches!(err, NetError::Tap(_)), "{err:?}");
+
+    let (socket, _peer) = sockets();
+    let tap = Arc::new(FakeTap::new(socket));
+    let err = NetDevice::with_taps(&config(1), vec![tap], vec![nothing()], FEATURES, |_| Ok(()))
+        .unwrap_err();
+    assert_eq!(
+        crate::error::chain(&err),
+        "vhost-net cannot be used: vhost-net refuses to serve this process: \
+         failure in vhost ioctl: Inappropriate ioctl for device (os error 25)"
+    );
 }
 
 #[test]

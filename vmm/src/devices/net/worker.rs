@@ -10,12 +10,24 @@ use super::control::{Control, Settings};
 use super::device::NetError;
 use super::pair::Pair;
 use super::tap::Tap;
+use super::vhost::{KernelPair, VhostError};
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::{Poll, Serve};
 use crate::virtio::{ActiveQueue, Interrupt};
 
 /// The tap's descriptor.
 const TAP: u64 = 0;
+/// What vhost-net gives up by.
+const VHOST_ERROR: u64 = 1;
+
+/// Who moves the packets.
+#[derive(Debug)]
+pub(super) enum Path {
+    /// The device's thread.
+    Worker(Pair),
+    /// The host's kernel (vhost-net).
+    Kernel(KernelPair),
+}
 
 /// What the first pair's thread does beside moving packets.
 #[derive(Debug)]
@@ -29,25 +41,27 @@ pub(super) struct Leader {
 /// What exists only while active.
 #[derive(Debug)]
 pub(super) struct NetWorker {
-    pair: Pair,
+    path: Path,
     tap: Arc<dyn Tap>,
     leader: Option<Leader>,
 }
 
 impl NetWorker {
-    pub(super) fn new(pair: Pair, tap: Arc<dyn Tap>, leader: Option<Leader>) -> Self {
-        Self { pair, tap, leader }
+    pub(super) fn new(path: Path, tap: Arc<dyn Tap>, leader: Option<Leader>) -> Self {
+        Self { path, tap, leader }
     }
 
     /// The queues, and what the driver has set if this was the first pair's.
     pub(super) fn into_parts(self) -> (Vec<ActiveQueue>, Option<Settings>) {
-        let mut queues = Vec::from(self.pair.into_queues());
+        let mut queues = Vec::from(match self.path {
+            Path::Worker(pair) => pair.into_queues().map(Virtqueue::into_active),
+            Path::Kernel(pair) => pair.into_queues(),
+        });
         let settings = self.leader.map(|leader| {
             let (queue, settings) = leader.control.into_parts();
-            queues.extend(queue);
+            queues.extend(queue.map(Virtqueue::into_active));
             settings
         });
-        let queues = queues.into_iter().map(Virtqueue::into_active).collect();
         (queues, settings)
     }
 }
@@ -56,35 +70,56 @@ impl Serve for NetWorker {
     type Error = NetError;
 
     fn queues(&self) -> Vec<&Virtqueue> {
-        let control = self
-            .leader
-            .as_ref()
-            .and_then(|leader| leader.control.queue());
-        self.pair.queues().into_iter().chain(control).collect()
+        let mut queues = match &self.path {
+            Path::Worker(pair) => Vec::from(pair.queues()),
+            Path::Kernel(_) => Vec::new(),
+        };
+        queues.extend(
+            self.leader
+                .as_ref()
+                .and_then(|leader| leader.control.queue()),
+        );
+        queues
     }
 
     fn start(&mut self, poll: &Poll) -> Result<(), NetError> {
         if let Some(leader) = &self.leader {
             leader.control.apply().map_err(NetError::Tap)?;
         }
-        let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-        poll.add(&self.tap.as_fd(), TAP, events)
+        // That the tap is gone is told unasked.
+        let events = match &self.path {
+            Path::Worker(_) => EventSet::IN | EventSet::OUT,
+            Path::Kernel(pair) => {
+                poll.add(pair.error(), VHOST_ERROR, EventSet::IN)
+                    .map_err(NetError::Poll)?;
+                pair.start()?;
+                EventSet::empty()
+            }
+        };
+        poll.add(&self.tap.as_fd(), TAP, events | EventSet::EDGE_TRIGGERED)
             .map_err(NetError::Poll)
     }
 
     fn kicked(&mut self, index: u16, _poll: &Poll) -> Result<(), NetError> {
-        let [rx, tx] = self.pair.queues().map(Virtqueue::index);
-        if index == rx {
-            self.pair.receive()?;
-        } else if index == tx {
-            self.pair.transmit()?;
-        } else if let Some(leader) = &mut self.leader {
+        if let Path::Worker(pair) = &mut self.path {
+            let [rx, tx] = pair.queues().map(Virtqueue::index);
+            if index == rx {
+                return Ok(pair.receive()?);
+            }
+            if index == tx {
+                return Ok(pair.transmit()?);
+            }
+        }
+        if let Some(leader) = &mut self.leader {
             leader.control.serve()?;
         }
         Ok(())
     }
 
-    fn ready(&mut self, _token: u64, events: EventSet, _poll: &Poll) -> Result<(), NetError> {
+    fn ready(&mut self, token: u64, events: EventSet, _poll: &Poll) -> Result<(), NetError> {
+        if token == VHOST_ERROR {
+            return Err(VhostError::Rings.into());
+        }
         // Of the other pairs' taps it may also mean that they are switched off.
         if events.intersects(EventSet::ERROR | EventSet::HANG_UP)
             && let Some(leader) = &self.leader
@@ -93,8 +128,16 @@ impl Serve for NetWorker {
             log::warn!("the tap of a network device is gone");
             leader.interrupt.config_change();
         }
-        self.pair.tap_ready(events)?;
-        Ok(())
+        match &mut self.path {
+            Path::Worker(pair) => Ok(pair.tap_ready(events)?),
+            Path::Kernel(_) => Ok(()),
+        }
+    }
+
+    fn stop(&mut self) {
+        if let Path::Kernel(pair) = &mut self.path {
+            pair.stop();
+        }
     }
 
     fn reset(&mut self) {
