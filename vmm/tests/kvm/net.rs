@@ -18,16 +18,16 @@ const MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x11];
 /// Of the metrics.
 const NAME: &str = "net_02:00:00:00:00:11";
 
-/// Sends itself eight times to the host's port 5000, then gets the same from port 5001.
+/// Sends busybox four times to the host's port 5000, then gets the same from port 5001.
 const EXCHANGE: &str = "\
 fail() { echo HUSK FAIL $*; }
 cd /sys/class/net/eth0
 echo HUSK nic $(cat address) $(cat mtu) $(ls queues | grep -c rx) $(ls queues | grep -c tx)
 ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up
 echo HUSK link $(cat carrier)
-ping -c 2 -s 1400 10.9.0.1 >/dev/null || fail ping
+ping -c 1 -s 1400 10.9.0.1 >/dev/null || fail ping
 ping -c 1 -s 20000 10.9.0.1 >/dev/null || fail 'ping in fragments'
-for i in 1 2 3 4 5 6 7 8; do cat /bin/busybox; done > /all
+for i in 1 2 3 4; do cat /bin/busybox; done > /all
 nc 10.9.0.1 5000 < /all || fail upload
 echo HUSK uploaded
 nc 10.9.0.1 5001 < /dev/null > /got || fail download
@@ -35,9 +35,9 @@ cmp /all /got || fail content
 echo HUSK END; poweroff -f
 ";
 
-fn guest(queue_pairs: u8, vhost: bool) -> Guest {
+fn guest(vcpus: u8, queue_pairs: u8, vhost: bool) -> Guest {
     let mut guest = Guest::new(EXCHANGE);
-    guest.config.vcpus = queue_pairs;
+    guest.config.vcpus = vcpus;
     let config = NicConfig {
         mac: MAC,
         mtu: 1500,
@@ -51,7 +51,7 @@ fn guest(queue_pairs: u8, vhost: bool) -> Guest {
 
 /// The host's side of [`EXCHANGE`]; calls `between` in the middle of the guest's download.
 fn exchange(upload: &TcpListener, download: &TcpListener, between: impl FnOnce()) {
-    let all = std::fs::read("/bin/busybox").unwrap().repeat(8);
+    let all = std::fs::read("/bin/busybox").unwrap().repeat(4);
     let (mut stream, _) = upload.accept().unwrap();
     let begin = Instant::now();
     let mut got = Vec::new();
@@ -81,10 +81,11 @@ fn report(what: &str, bytes: &[u8], begin: Instant) {
     println!("{what}: {:.1} MiB/s", mebibytes / seconds);
 }
 
-fn passes(queue_pairs: u8, vhost: bool) {
+/// A guest uses as many pairs of queues as it has processors.
+fn passes(vcpus: u8, queue_pairs: u8, vhost: bool) {
     net::in_own_network(move || {
         let listen = |port| TcpListener::bind(("10.9.0.1", port)).unwrap();
-        let guest = guest(queue_pairs, vhost);
+        let guest = guest(vcpus, queue_pairs, vhost);
         let (upload, download) = (listen(5000), listen(5001));
         let running = guest.start();
         let vmm = &running.vmm;
@@ -96,7 +97,8 @@ fn passes(queue_pairs: u8, vhost: bool) {
         let metrics = running.vmm.metrics();
         let (reason, output) = running.end();
         assert_eq!(reason, ExitReason::PowerOff, "{output}");
-        let nic = format!("HUSK nic 02:00:00:00:00:11 1500 {queue_pairs} {queue_pairs}\n");
+        let used = vcpus.min(queue_pairs);
+        let nic = format!("HUSK nic 02:00:00:00:00:11 1500 {used} {used}\n");
         assert!(output.contains(&nic), "{output}");
         assert!(output.contains("HUSK link 1\n"), "{output}");
         assert!(!output.contains("FAIL"), "{output}");
@@ -120,23 +122,30 @@ fn passes(queue_pairs: u8, vhost: bool) {
 #[test]
 fn the_worker_moves_packets_both_ways() {
     support::require_kvm!();
-    passes(1, false);
+    passes(1, 1, false);
 }
 
 #[test]
 fn the_worker_moves_packets_of_several_queues() {
     support::require_kvm!();
-    passes(2, false);
+    passes(2, 2, false);
 }
 
 #[test]
 fn the_kernel_moves_packets_both_ways() {
     support::require_kvm!();
-    passes(1, true);
+    passes(1, 1, true);
 }
 
 #[test]
 fn the_kernel_moves_packets_of_several_queues() {
     support::require_kvm!();
-    passes(2, true);
+    passes(2, 2, true);
+}
+
+#[test]
+fn queues_that_the_driver_does_not_use_do_no_harm() {
+    support::require_kvm!();
+    passes(1, 2, false);
+    passes(1, 2, true);
 }

@@ -1,7 +1,7 @@
 //! The driver fills receive queues with buffers and transmit queues with packets, each packet behind a header that says
 //! what is left to do of checksum and segmentation; a tap of the host takes and gives packets in the same form. Each pair
-//! of queues has its queue of the tap and a thread; the first pair's also serves the control queue. Packets are moved by
-//! that thread, or by the host's kernel (vhost-net), which the thread then only looks after.
+//! of queues has its queue of the tap. Packets are moved by a thread for each pair, or by the host's kernel (vhost-net),
+//! which one thread looks after. The first thread, or the only one, also serves the control queue.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -90,37 +90,6 @@ pub enum NetError {
     Start(#[source] io::Error),
 }
 
-/// A pair of queues: the host's end, and the thread.
-#[derive(Debug)]
-struct PairParts {
-    tap: Arc<dyn Tap>,
-    /// If the host's kernel moves the packets.
-    vhost: Option<Arc<Vhost>>,
-    worker: Worker<NetWorker>,
-}
-
-impl PairParts {
-    /// Who moves the packets of these queues.
-    fn path(
-        &self,
-        rx: ActiveQueue,
-        tx: ActiveQueue,
-        common: &Common,
-    ) -> Result<Path, ActivateError> {
-        let tap = Arc::clone(&self.tap);
-        let Some(vhost) = &self.vhost else {
-            let (rx, tx) = (common.virtqueue(rx), common.virtqueue(tx));
-            let metrics = Arc::clone(&common.metrics);
-            return Ok(Path::Worker(Pair::new(rx, tx, tap, common.layout, metrics)));
-        };
-        let queues = [common.kernel_queue(rx)?, common.kernel_queue(tx)?];
-        let memory = Arc::clone(&common.memory);
-        KernelPair::new(Arc::clone(vhost), tap, memory, common.features, queues)
-            .map(Path::Kernel)
-            .map_err(ActivateError::Worker)
-    }
-}
-
 /// What all pairs get at an activation.
 struct Common {
     memory: Arc<GuestMemoryMmap>,
@@ -135,12 +104,38 @@ impl Common {
         Virtqueue::new(queue, Arc::clone(&self.memory), Arc::clone(&self.interrupt))
     }
 
-    fn kernel_queue(&self, active: ActiveQueue) -> Result<KernelQueue, ActivateError> {
-        let call = self
-            .interrupt
-            .call(active.index)
-            .map_err(ActivateError::Worker)?;
-        Ok(KernelQueue { active, call })
+    fn kernel_queue(&self, active: ActiveQueue) -> io::Result<KernelQueue> {
+        Ok(KernelQueue {
+            call: self.interrupt.call(active.index)?,
+            active,
+        })
+    }
+
+    /// For the device's thread.
+    fn pair(&self, tap: &Arc<dyn Tap>, [rx, tx]: [ActiveQueue; 2]) -> Pair {
+        Pair::new(
+            self.virtqueue(rx),
+            self.virtqueue(tx),
+            Arc::clone(tap),
+            self.layout,
+            Arc::clone(&self.metrics),
+        )
+    }
+
+    /// For the host's kernel.
+    fn kernel_pair(
+        &self,
+        vhost: &Arc<Vhost>,
+        tap: &Arc<dyn Tap>,
+        [rx, tx]: [ActiveQueue; 2],
+    ) -> io::Result<KernelPair> {
+        KernelPair::new(
+            Arc::clone(vhost),
+            Arc::clone(tap),
+            Arc::clone(&self.memory),
+            self.features,
+            [self.kernel_queue(rx)?, self.kernel_queue(tx)?],
+        )
     }
 }
 
@@ -151,7 +146,12 @@ pub struct NetDevice {
     mtu: u16,
     features: u64,
     queue_sizes: Vec<u16>,
-    pairs: Vec<PairParts>,
+    /// One for each pair of queues.
+    taps: Vec<Arc<dyn Tap>>,
+    /// As many, if the host's kernel moves the packets.
+    vhost: Vec<Arc<Vhost>>,
+    /// As many, or one if the host's kernel moves the packets.
+    workers: Vec<Worker<NetWorker>>,
     /// What the driver has set; `None` after a reset.
     settings: Option<Settings>,
     link_up: Arc<AtomicBool>,
@@ -196,25 +196,26 @@ impl NetDevice {
         }
         let mut queue_sizes = vec![PACKET_QUEUE_SIZE; 2 * taps.len()];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
-        let mut vhost = vhost.into_iter();
-        let mut pairs = Vec::new();
-        for tap in taps {
-            let vhost = vhost.next().map(Vhost::new).transpose()?.map(Arc::new);
-            if let Some(vhost) = &vhost {
-                features &= !vhost.missing_features();
-            }
-            pairs.push(PairParts {
-                tap,
-                vhost,
-                worker: Worker::spawn("net", DeviceType::Net, setup).map_err(NetError::Start)?,
-            });
+        let vhost = vhost
+            .into_iter()
+            .map(|fd| Vhost::new(fd).map(Arc::new))
+            .collect::<Result<Vec<_>, _>>()?;
+        for vhost in &vhost {
+            features &= !vhost.missing_features();
         }
+        let threads = if vhost.is_empty() { taps.len() } else { 1 };
+        let workers = (0..threads)
+            .map(|_| Worker::spawn("net", DeviceType::Net, setup))
+            .collect::<Result<_, _>>()
+            .map_err(NetError::Start)?;
         Ok(Self {
             mac: config.mac,
             mtu: config.mtu,
             features,
             queue_sizes,
-            pairs,
+            taps,
+            vhost,
+            workers,
             settings: None,
             link_up: Arc::new(AtomicBool::new(true)),
             metrics: Arc::default(),
@@ -227,7 +228,7 @@ impl NetDevice {
     }
 
     fn pair_count(&self) -> u16 {
-        u16::try_from(self.pairs.len()).expect("queue_pairs is a byte")
+        u16::try_from(self.taps.len()).expect("queue_pairs is a byte")
     }
 
     /// The configuration space (virtio 1.3, 5.1.4), as far as the features reach.
@@ -310,7 +311,7 @@ impl VirtioDevice for NetDevice {
         for pair in 0..known_pairs {
             let mut take = |index| take_queue(&mut queues, index).ok_or(index);
             match (take(receive_queue(pair)), take(transmit_queue(pair))) {
-                (Ok(rx), Ok(tx)) => enabled.push((rx, tx)),
+                (Ok(rx), Ok(tx)) => enabled.push([rx, tx]),
                 (Err(index), _) | (_, Err(index)) if pair == 0 => {
                     return Err(ActivateError::MissingQueue { index });
                 }
@@ -319,11 +320,7 @@ impl VirtioDevice for NetDevice {
             }
         }
         let commands = Commands {
-            taps: self
-                .pairs
-                .iter()
-                .map(|pair| Arc::clone(&pair.tap))
-                .collect(),
+            taps: self.taps.clone(),
             usable_pairs: u16::try_from(enabled.len()).expect("no more than there are"),
             features,
             settings: self.settings.unwrap_or_else(|| Settings::initial(features)),
@@ -334,19 +331,31 @@ impl VirtioDevice for NetDevice {
             link_up: Arc::clone(&self.link_up),
             interrupt: Arc::clone(&common.interrupt),
         });
-        for (parts, (rx, tx)) in self.pairs.iter_mut().zip(enabled) {
-            let path = parts.path(rx, tx, &common)?;
-            // The first pair's thread is the one that gets the leader.
-            let serve = NetWorker::new(path, Arc::clone(&parts.tap), leader.take());
-            parts.worker.start(serve, Arc::clone(&common.interrupt))?;
+        let pairs = self.taps.iter().zip(enabled);
+        let paths: Vec<_> = if self.vhost.is_empty() {
+            pairs
+                .map(|(tap, queues)| Path::Worker(common.pair(tap, queues)))
+                .collect()
+        } else {
+            let pairs = self.vhost.iter().zip(pairs);
+            let pairs = pairs
+                .map(|(vhost, (tap, queues))| common.kernel_pair(vhost, tap, queues))
+                .collect::<Result<_, _>>()
+                .map_err(ActivateError::Worker)?;
+            vec![Path::Kernel(pairs)]
+        };
+        for ((worker, tap), path) in self.workers.iter_mut().zip(&self.taps).zip(paths) {
+            // The first thread is the one that gets the leader.
+            let serve = NetWorker::new(path, Arc::clone(tap), leader.take());
+            worker.start(serve, Arc::clone(&common.interrupt))?;
         }
         Ok(())
     }
 
     fn pause(&mut self) -> Vec<ActiveQueue> {
         let mut paused = Vec::new();
-        for pair in &mut self.pairs {
-            if let Some(served) = pair.worker.stop() {
+        for worker in &mut self.workers {
+            if let Some(served) = worker.stop() {
                 let (queues, settings) = served.into_parts();
                 paused.extend(queues);
                 self.settings = settings.or(self.settings);
@@ -356,8 +365,8 @@ impl VirtioDevice for NetDevice {
     }
 
     fn reset(&mut self) {
-        for pair in &mut self.pairs {
-            pair.worker.reset();
+        for worker in &mut self.workers {
+            worker.reset();
         }
         self.settings = None;
     }

@@ -1,5 +1,5 @@
-//! A pair of queues that the host's kernel serves (vhost-net): it reads and writes the rings, and the tap, on a thread of
-//! its own; doorbells and interrupts pass between it and KVM. What is left to the device's thread is to tell it where
+//! A pair of queues that the host's kernel serves (vhost-net): it works on the rings and the tap on a thread of its own;
+//! doorbells and interrupts pass between it and KVM. What is left to the device's thread is to tell it where
 //! everything is, to take the queues back, and to notice when it gives up.
 
 use std::io;
@@ -223,16 +223,14 @@ impl KernelPair {
         self.queues.map(|queue| queue.active)
     }
 
-    fn vhost(&self) -> InMemory<'_> {
-        InMemory {
+    /// Lets the kernel serve the queues from where they stand. Switches the queue of the tap on; it may be switched off
+    /// afterwards.
+    pub(super) fn start(&self) -> Result<(), VhostError> {
+        self.tap.set_enabled(true).map_err(VhostError::Backend)?;
+        let vhost = InMemory {
             fd: &self.vhost.fd,
             memory: Arc::clone(&self.memory),
-        }
-    }
-
-    /// Lets the kernel serve the queues from where they stand.
-    pub(super) fn start(&self) -> Result<(), VhostError> {
-        let vhost = self.vhost();
+        };
         vhost
             .set_features(self.features & RING_FEATURES)
             .map_err(refused("work with the driver's features"))?;

@@ -1,5 +1,5 @@
-//! The active device, as far as one thread serves it: a pair of queues, and with the first pair also the control queue and
-//! the state of the link.
+//! The active device, as far as one thread serves it: a pair of queues, or all that the host's kernel serves; and on the
+//! first thread also the control queue and the state of the link.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,11 +25,11 @@ const VHOST_ERROR: u64 = 1;
 pub(super) enum Path {
     /// The device's thread.
     Worker(Pair),
-    /// The host's kernel (vhost-net).
-    Kernel(KernelPair),
+    /// The host's kernel (vhost-net), for all pairs.
+    Kernel(Vec<KernelPair>),
 }
 
-/// What the first pair's thread does beside moving packets.
+/// What the first thread does beside moving packets.
 #[derive(Debug)]
 pub(super) struct Leader {
     pub(super) control: Control,
@@ -42,6 +42,7 @@ pub(super) struct Leader {
 #[derive(Debug)]
 pub(super) struct NetWorker {
     path: Path,
+    /// The tap of this thread's first pair.
     tap: Arc<dyn Tap>,
     leader: Option<Leader>,
 }
@@ -51,12 +52,15 @@ impl NetWorker {
         Self { path, tap, leader }
     }
 
-    /// The queues, and what the driver has set if this was the first pair's.
+    /// The queues, and what the driver has set if this was the first thread's.
     pub(super) fn into_parts(self) -> (Vec<ActiveQueue>, Option<Settings>) {
-        let mut queues = Vec::from(match self.path {
-            Path::Worker(pair) => pair.into_queues().map(Virtqueue::into_active),
-            Path::Kernel(pair) => pair.into_queues(),
-        });
+        let mut queues: Vec<_> = match self.path {
+            Path::Worker(pair) => pair.into_queues().map(Virtqueue::into_active).into(),
+            Path::Kernel(pairs) => pairs
+                .into_iter()
+                .flat_map(KernelPair::into_queues)
+                .collect(),
+        };
         let settings = self.leader.map(|leader| {
             let (queue, settings) = leader.control.into_parts();
             queues.extend(queue.map(Virtqueue::into_active));
@@ -83,19 +87,22 @@ impl Serve for NetWorker {
     }
 
     fn start(&mut self, poll: &Poll) -> Result<(), NetError> {
-        if let Some(leader) = &self.leader {
-            leader.control.apply().map_err(NetError::Tap)?;
-        }
-        // That the tap is gone is told unasked.
         let events = match &self.path {
             Path::Worker(_) => EventSet::IN | EventSet::OUT,
-            Path::Kernel(pair) => {
-                poll.add(pair.error(), VHOST_ERROR, EventSet::IN)
-                    .map_err(NetError::Poll)?;
-                pair.start()?;
+            Path::Kernel(pairs) => {
+                for pair in pairs {
+                    poll.add(pair.error(), VHOST_ERROR, EventSet::IN)
+                        .map_err(NetError::Poll)?;
+                    pair.start()?;
+                }
+                // That the tap is gone is told unasked.
                 EventSet::empty()
             }
         };
+        // After vhost-net has all queues of the tap: it takes none that is switched off.
+        if let Some(leader) = &self.leader {
+            leader.control.apply().map_err(NetError::Tap)?;
+        }
         poll.add(&self.tap.as_fd(), TAP, events | EventSet::EDGE_TRIGGERED)
             .map_err(NetError::Poll)
     }
@@ -135,8 +142,8 @@ impl Serve for NetWorker {
     }
 
     fn stop(&mut self) {
-        if let Path::Kernel(pair) = &mut self.path {
-            pair.stop();
+        if let Path::Kernel(pairs) = &mut self.path {
+            pairs.iter_mut().for_each(KernelPair::stop);
         }
     }
 
