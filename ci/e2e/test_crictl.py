@@ -19,7 +19,7 @@ class Crictl(PodCase):
     def fetch(self, container, url):
         """What a container gets from a server that may be about to start."""
         def answer():
-            result = container.exec("wget", "-q", "-T", "10", "-O", "-", url)
+            result = container.exec("wget", "-q", "-O", "-", url)
             return result.code == 0 and result.out
 
         return wait_until(answer, f"an answer from {url}")
