@@ -62,6 +62,8 @@ TOML
     sandbox_image='husk.test/pause:latest'
     if [ "$images" = "$runtime" ]; then
         printf '[plugins."%s"]\nsandbox_image = "%s"\n' "$images" "$sandbox_image"
+        # Debian's looks elsewhere by default.
+        printf '[plugins."%s".cni]\nbin_dir = "/opt/cni/bin"\n' "$images"
     else
         printf '[plugins."%s".pinned_images]\nsandbox = "%s"\n' "$images" "$sandbox_image"
     fi
