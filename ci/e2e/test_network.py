@@ -33,6 +33,7 @@ class Pod:
     def __init__(self, case, mtu=1500):
         self.name = f"e2e-{os.getpid()}"
         self.path = f"/run/netns/{self.name}"
+        self.case = case
         case.addCleanup(subprocess.run, ["ip", "netns", "del", self.name], check=False)
         case.addCleanup(subprocess.run, ["ip", "link", "del", BRIDGE], check=False)
         sh("ip", "netns", "add", self.name)
@@ -54,6 +55,8 @@ class Pod:
         """An interface, whose other end stays in the node."""
         sh("ip", "link", "add", f"p{name}", "mtu", str(mtu), "type", "veth",
            "peer", "name", name, "mtu", str(mtu), "netns", self.name)
+        # A shim that hangs keeps the namespace, and with it this.
+        self.case.addCleanup(subprocess.run, ["ip", "link", "del", f"p{name}"], capture_output=True, check=False)
         sh("ip", "link", "set", f"p{name}", "up")
         self.ip("link", "set", name, "up")
 
