@@ -65,6 +65,7 @@ pub(crate) fn spawn() -> Result<(Child, OwnedFd), Error> {
         .arg0(env!("CARGO_BIN_NAME"))
         .arg(WORKER_ROLE)
         .env_clear()
+        .env(husk_vmm::worker::LOG_LEVEL, log::max_level().as_str())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

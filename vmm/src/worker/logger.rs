@@ -4,6 +4,8 @@ use std::io::Write;
 
 use log::{LevelFilter, Log, Metadata, Record};
 
+use super::LOG_LEVEL;
+
 /// Targets of this crate.
 const OWN: &str = env!("CARGO_CRATE_NAME");
 
@@ -46,6 +48,23 @@ impl Log for StandardError {
 /// Makes it the logger of the process, unless there is one.
 pub(super) fn install() {
     if log::set_logger(&StandardError).is_ok() {
-        log::set_max_level(LevelFilter::Info);
+        log::set_max_level(level(std::env::var(LOG_LEVEL).ok().as_deref()));
+    }
+}
+
+fn level(name: Option<&str>) -> LevelFilter {
+    name.and_then(|name| name.parse().ok())
+        .unwrap_or(LevelFilter::Info)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn level_is_the_parents_or_info() {
+        assert_eq!(level(Some("DEBUG")), LevelFilter::Debug);
+        assert_eq!(level(Some("all of it")), LevelFilter::Info);
+        assert_eq!(level(None), LevelFilter::Info);
     }
 }

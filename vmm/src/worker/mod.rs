@@ -21,6 +21,9 @@ use std::process::ExitCode;
 
 use rustix::process::Signal;
 
+/// The variable of the environment that holds the level of the worker's log, by the names of the crate `log`.
+pub const LOG_LEVEL: &str = "HUSK_LOG";
+
 /// What ps(1) shows in the column of names.
 const PROCESS_NAME: &std::ffi::CStr = c"husk-vmm";
 
