@@ -85,6 +85,7 @@ class Pods(PodCase):
         first.exec("sh", "-c", "echo in the guest >/cache/file", code=0)
         self.assertEqual(second.output_of("cat", "/cache/file"), "in the guest")
         self.assertNotEqual(first.exec("dd", "if=/dev/zero", "of=/cache/big", "bs=1M", "count=3").code, 0)
+        first.exec("rm", "/cache/big", code=0)
         if self.runtime == "husk":
             self.assertEqual(os.listdir(folder), [])
         # A folder of it (`subPath`), which kubelet makes and mounts elsewhere.
@@ -133,7 +134,7 @@ class Pods(PodCase):
         pod = self.pod(linux={"security_context": context})
         container = pod.start(linux={"security_context": context})
         self.assertRegex(container.output_of("grep", "CapEff", "/proc/self/status"), "[0-9a-f]*1ffffffffff")
-        container.exec("mount", "-t", "tmpfs", "tmpfs", "/mnt", code=0)
+        container.exec("mount", "-t", "tmpfs", "tmpfs", "/tmp", code=0)
         if self.runtime == "husk":
             # Only what a guest has. The node's own disks and terminals are not among it.
             self.assertNotIn("kvm", container.output_of("ls", "/dev").split())
