@@ -11,6 +11,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::bus::Buses;
 use crate::config::{NicConfig, ShareConfig, VmConfig, format_mac};
+use crate::devices::balloon::BalloonDevice;
 use crate::devices::block::{BlockConfig, BlockDevice};
 use crate::devices::console::ConsoleDevice;
 use crate::devices::fs::{FsDevice, Share, Tag};
@@ -254,6 +255,10 @@ fn add_virtio_devices(
     for (nic, files) in config.nics.iter().zip(parts.nics) {
         add_nic(slots, nic, files, setup)?;
     }
+
+    let balloon = BalloonDevice::new(setup).map_err(|err| broken("balloon", err))?;
+    let metrics = balloon.metrics();
+    slots.add(balloon, move |into| metrics.collect(into))?;
     Ok(vsock_handle)
 }
 

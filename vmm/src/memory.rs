@@ -12,7 +12,7 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::{
     Address, Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    GuestRegionMmap, MmapRegion, VolatileSlice,
 };
 
 use crate::error::Error;
@@ -55,6 +55,25 @@ pub(crate) fn allocate(size_mib: u32) -> Result<GuestMemoryMmap, Error> {
         regions.push(region(mapping, base));
     }
     Ok(collect(regions))
+}
+
+/// Gives the host back the whole pages of a piece of guest memory: what they held is lost, and what is read next is zero,
+/// or what the file has that the memory was adopted from. Returns how many bytes that were.
+pub(crate) fn give_back(piece: &VolatileSlice<'_>) -> io::Result<usize> {
+    let start = piece.ptr_guard_mut().as_ptr();
+    let skipped = start.align_offset(PAGE);
+    let len = piece.len().saturating_sub(skipped) / PAGE * PAGE;
+    if len == 0 {
+        return Ok(0);
+    }
+    // SAFETY: at most `len` bytes less than the slice is long are skipped.
+    let first = unsafe { start.add(skipped) };
+    // SAFETY: the pages lie in the slice, whose mapping lives. Nothing in this process relies on what guest memory holds:
+    // it is only ever accessed as memory that changes at any time.
+    match unsafe { libc::madvise(first.cast(), len, libc::MADV_DONTNEED) } {
+        0 => Ok(len),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Takes the memory that a VM of the same size has left in `file` ([`save`]). What the guest changes does not reach the
@@ -160,6 +179,23 @@ mod tests {
                 (GuestAddress(HIGH_RAM_BASE), 5 * MIB)
             ]
         );
+    }
+
+    #[test]
+    fn whole_pages_are_given_back() {
+        let memory = allocate(1).unwrap();
+        memory.write_slice(&[7; 5 * PAGE], GuestAddress(0)).unwrap();
+        let piece = memory.get_slice(GuestAddress(100), 4 * PAGE).unwrap();
+        assert_eq!(give_back(&piece).unwrap(), 3 * PAGE);
+        let mut seen = [1; 5 * PAGE];
+        memory.read_slice(&mut seen, GuestAddress(0)).unwrap();
+        assert!(seen[..PAGE].iter().all(|byte| *byte == 7));
+        assert!(seen[PAGE..4 * PAGE].iter().all(|byte| *byte == 0));
+        assert!(seen[4 * PAGE..].iter().all(|byte| *byte == 7));
+        for len in [0, 1, PAGE, 2 * PAGE - 101] {
+            let piece = memory.get_slice(GuestAddress(100), len).unwrap();
+            assert_eq!(give_back(&piece).unwrap(), 0, "{len}");
+        }
     }
 
     #[test]

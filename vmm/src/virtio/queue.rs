@@ -615,6 +615,11 @@ impl<'m> Writable<'m> {
         Self(self.0.take(count))
     }
 
+    /// The pieces of guest memory that it is made of.
+    pub fn pieces(&self) -> impl Iterator<Item = &VolatileSlice<'m>> {
+        self.0.slices.iter()
+    }
+
     /// Appends the room of another chain behind this one's.
     pub fn append(&mut self, other: Self) {
         self.0.len += other.0.len;

@@ -492,6 +492,22 @@ impl Driver {
         addr
     }
 
+    /// Fills a piece of guest memory.
+    pub(crate) fn fill(&self, at: u64, len: usize, byte: u8) {
+        self.memory
+            .write_slice(&vec![byte; len], GuestAddress(at))
+            .unwrap();
+    }
+
+    /// What a piece of guest memory holds.
+    pub(crate) fn bytes_at(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory
+            .read_slice(&mut bytes, GuestAddress(at))
+            .unwrap();
+        bytes
+    }
+
     /// Claims that `index` chains were made available.
     pub(crate) fn set_avail_index(&self, queue: u16, index: u16) {
         let at = self.queues[&queue].base + AVAIL_OFFSET + 2;

@@ -292,7 +292,8 @@ const FILE_SERVER: &[i64] = &[
 mod tests {
     use super::*;
 
-    const DEVICES: [DeviceType; 6] = [
+    const DEVICES: [DeviceType; 7] = [
+        DeviceType::Balloon,
         DeviceType::Block,
         DeviceType::Console,
         DeviceType::Fs,

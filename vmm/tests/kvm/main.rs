@@ -4,6 +4,7 @@ mod boot;
 mod devices;
 mod ends;
 mod files;
+mod memory;
 mod net;
 mod probe;
 mod snapshot;
