@@ -143,7 +143,9 @@ impl Vm {
 
         let vm_config = VmConfig {
             vcpus: size.vcpus,
+            max_vcpus: size.vcpus,
             memory_mib: size.memory_mib,
+            max_memory_mib: size.memory_mib,
             kernel_params: config.kernel_params().to_owned(),
             shares: vec![ShareConfig {
                 tag: SHARE_TAG.to_owned(),

@@ -316,7 +316,9 @@ mod tests {
         });
         let config = VmConfig {
             vcpus: 1,
+            max_vcpus: 1,
             memory_mib: 512,
+            max_memory_mib: 512,
             kernel_params: String::new(),
             shares: Vec::new(),
             disks: Vec::new(),

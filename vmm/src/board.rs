@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -15,6 +16,7 @@ use crate::devices::balloon::BalloonDevice;
 use crate::devices::block::{BlockConfig, BlockDevice};
 use crate::devices::console::ConsoleDevice;
 use crate::devices::fs::{FsDevice, Share, Tag};
+use crate::devices::mem::{MemDevice, MemHandle};
 use crate::devices::net::NetDevice;
 use crate::devices::rng::RngDevice;
 use crate::devices::vsock::{VsockConfig, VsockDevice, VsockHandle};
@@ -23,9 +25,11 @@ use crate::error::Error;
 use crate::irq::Interrupts;
 use crate::kvm::Hypervisor;
 use crate::layout::{
-    ECAM_BASE, ECAM_SIZE, PCI_WINDOW_32, POWER_PORTS, PVPANIC_PORTS, SERIAL_GSI, SERIAL_PORTS,
+    ECAM_BASE, ECAM_SIZE, HOTPLUG_GSI, HOTPLUG_PORTS, PCI_WINDOW_32, POWER_PORTS, PVPANIC_PORTS,
+    SERIAL_GSI, SERIAL_PORTS,
 };
 use crate::pci::{Ecam, MemoryWindow, PciBus, VirtioPci, VirtioPciState};
+use crate::platform::hotplug::{HotplugRegisters, HotplugState};
 use crate::platform::power::PowerRegisters;
 use crate::platform::pvpanic::PanicNotifier;
 use crate::platform::serial::{SerialPort, SerialState};
@@ -45,6 +49,8 @@ pub(crate) struct Parts<'a> {
     /// One for each network device of the configuration.
     pub(crate) nics: Vec<NicFiles>,
     pub(crate) memory: &'a GuestMemoryMmap,
+    /// The part of it that may be plugged in while the guest runs.
+    pub(crate) pluggable: Range<u64>,
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
     pub(crate) end: &'a Arc<End>,
     /// Confines the thread of a device.
@@ -56,6 +62,7 @@ pub(crate) struct Parts<'a> {
 #[serde(deny_unknown_fields)]
 pub(crate) struct BoardState {
     serial: SerialState,
+    hotplug: HotplugState,
     functions: Vec<VirtioPciState>,
 }
 
@@ -66,6 +73,8 @@ type Collect = Box<dyn Fn(&mut BTreeMap<String, u64>) + Send + Sync>;
 pub(crate) struct Board {
     pub(crate) buses: Arc<Buses>,
     serial: Arc<SerialPort>,
+    hotplug: Arc<HotplugRegisters>,
+    mem: Option<MemHandle>,
     pci: Arc<PciBus>,
     vsock: VsockHandle,
     counters: Vec<Collect>,
@@ -89,7 +98,7 @@ impl Board {
     ) -> Result<Self, Error> {
         let interrupts = Interrupts::new(Arc::clone(&parts.hypervisor));
         let mut buses = Buses::default();
-        let serial = add_platform_devices(&mut buses, &parts, &interrupts)?;
+        let (serial, hotplug) = add_platform_devices(&mut buses, &parts, &interrupts)?;
 
         let mut slots = Slots {
             bus: PciBus::default(),
@@ -98,7 +107,7 @@ impl Board {
             interrupts: &interrupts,
             hypervisor: Arc::clone(&parts.hypervisor),
         };
-        let vsock = add_virtio_devices(&mut slots, parts, on_ready)?;
+        let (vsock, mem) = add_virtio_devices(&mut slots, parts, on_ready)?;
         let counters = slots.counters;
         let pci = Arc::new(slots.bus);
         buses.mmio.attach(
@@ -111,6 +120,8 @@ impl Board {
         Ok(Self {
             buses: Arc::new(buses),
             serial,
+            hotplug,
+            mem,
             pci,
             vsock,
             counters,
@@ -120,6 +131,19 @@ impl Board {
     /// The way to open connections into the guest.
     pub(crate) fn vsock(&self) -> VsockHandle {
         self.vsock.clone()
+    }
+
+    /// Tells the guest that it shall have this many vCPUs; KVM has them.
+    pub(crate) fn resize_vcpus(&self, vcpus: u8) {
+        self.hotplug.resize(vcpus);
+    }
+
+    /// Tells the guest that it shall use `size` bytes of the memory that may be plugged in.
+    pub(crate) fn resize_memory(&self, size: u64) {
+        // Without the device there is nothing that could be plugged in.
+        if let Some(mem) = &self.mem {
+            mem.request(size);
+        }
     }
 
     /// Stops all devices where they stand. The vCPUs are paused.
@@ -140,6 +164,7 @@ impl Board {
     pub(crate) fn save(&self) -> BoardState {
         BoardState {
             serial: self.serial.save(),
+            hotplug: self.hotplug.save(),
             functions: self
                 .pci
                 .functions()
@@ -163,6 +188,7 @@ impl Board {
             });
         }
         self.serial.restore(state.serial)?;
+        self.hotplug.restore(state.hotplug)?;
         for (function, state) in functions.iter().zip(state.functions) {
             function.restore(state)?;
         }
@@ -178,29 +204,39 @@ impl Board {
         ] {
             into.insert(name.to_owned(), counter.load(Ordering::Relaxed));
         }
+        into.insert("vcpus".to_owned(), self.hotplug.vcpus() as u64);
+        if let Some(mem) = &self.mem {
+            mem.collect(into);
+        }
         for collect in &self.counters {
             collect(into);
         }
     }
 }
 
-/// Serial port, panic notifier and power registers.
+/// Serial port, panic notifier, registers for power and hot-plug.
 fn add_platform_devices(
     buses: &mut Buses,
     parts: &Parts<'_>,
     interrupts: &Interrupts,
-) -> Result<Arc<SerialPort>, Error> {
+) -> Result<(Arc<SerialPort>, Arc<HotplugRegisters>), Error> {
     let out = parts
         .console
         .try_clone()
         .map_err(|err| broken("serial", err))?;
     let serial = Arc::new(SerialPort::new(interrupts.pin(SERIAL_GSI)?, out));
     let notifier = Arc::new(PanicNotifier::new(Arc::clone(parts.end)));
+    let hotplug = Arc::new(HotplugRegisters::new(
+        parts.config.vcpus,
+        parts.config.max_vcpus,
+        interrupts.pin(HOTPLUG_GSI)?,
+    ));
     let power = Arc::new(PowerRegisters::new(Arc::clone(parts.end)));
     buses.ports.attach(SERIAL_PORTS, serial.clone())?;
     buses.ports.attach(PVPANIC_PORTS, notifier)?;
     buses.ports.attach(POWER_PORTS, power)?;
-    Ok(serial)
+    buses.ports.attach(HOTPLUG_PORTS, hotplug.clone())?;
+    Ok((serial, hotplug))
 }
 
 fn make_fs(share: &ShareConfig, setup: ThreadSetup) -> Result<FsDevice, Error> {
@@ -210,13 +246,18 @@ fn make_fs(share: &ShareConfig, setup: ThreadSetup) -> Result<FsDevice, Error> {
     FsDevice::new(tag, exported, setup).map_err(|err| broken(&name(), err))
 }
 
-/// Every virtio device of the configuration. Returns the way to open connections into the guest.
+/// Every virtio device of the configuration. Returns the ways to open connections into the guest, and to plug in memory.
 fn add_virtio_devices(
     slots: &mut Slots<'_>,
     parts: Parts<'_>,
     on_ready: impl FnOnce() + Send + 'static,
-) -> Result<VsockHandle, Error> {
-    let Parts { config, setup, .. } = parts;
+) -> Result<(VsockHandle, Option<MemHandle>), Error> {
+    let Parts {
+        config,
+        setup,
+        pluggable,
+        ..
+    } = parts;
 
     // The console first: the guest's kernel can say what is wrong with the others.
     let console =
@@ -259,7 +300,15 @@ fn add_virtio_devices(
     let balloon = BalloonDevice::new(setup).map_err(|err| broken("balloon", err))?;
     let metrics = balloon.metrics();
     slots.add(balloon, move |into| metrics.collect(into))?;
-    Ok(vsock_handle)
+
+    if pluggable.is_empty() {
+        return Ok((vsock_handle, None));
+    }
+    let mem = MemDevice::new(pluggable, setup).map_err(|err| broken("memory", err))?;
+    let metrics = mem.metrics();
+    let mem_handle = mem.handle();
+    slots.add(mem, move |into| metrics.collect(into))?;
+    Ok((vsock_handle, Some(mem_handle)))
 }
 
 fn add_nic(

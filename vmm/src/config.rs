@@ -14,10 +14,15 @@ use crate::control::MAX_FDS;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
-    /// Virtual processors, 1 to 255.
+    /// Virtual processors at the start, 1 to 255.
     pub vcpus: u8,
-    /// Guest memory in MiB.
+    /// The most that the VM may be given later ([`crate::control::Call::Resize`]), at least `vcpus`. Each costs the guest
+    /// memory of its own kernel, whether it is there or not.
+    pub max_vcpus: u8,
+    /// Guest memory at the start, in MiB.
     pub memory_mib: u32,
+    /// The most that the VM may be given later, at least `memory_mib`. What is not given costs addresses only.
+    pub max_memory_mib: u32,
     /// Added at the end of the kernel's command line.
     pub kernel_params: String,
     /// The virtio-fs devices.
@@ -81,6 +86,24 @@ pub enum ConfigError {
     MemorySize {
         /// What was asked for.
         memory_mib: u32,
+    },
+    /// The VM starts with more vCPUs than it may ever have.
+    #[error("max_vcpus must be {vcpus} (vcpus) or more, not {max_vcpus}")]
+    MaxVcpus {
+        /// At the start.
+        vcpus: u8,
+        /// What was asked for.
+        max_vcpus: u8,
+    },
+    /// The VM starts with more memory than it may ever have, or may have more than the address map has room for.
+    #[error(
+        "max_memory_mib must be {memory_mib} (memory_mib) to {MAX_MEMORY_MIB}, not {max_memory_mib}"
+    )]
+    MaxMemorySize {
+        /// At the start.
+        memory_mib: u32,
+        /// What was asked for.
+        max_memory_mib: u32,
     },
     /// The guest's context identifier is one of those with a meaning.
     #[error("guest_cid must be 3 to {max}, not {guest_cid}", max = u32::MAX - 1)]
@@ -205,6 +228,18 @@ impl VmConfig {
                 memory_mib: self.memory_mib,
             });
         }
+        if self.max_vcpus < self.vcpus {
+            return Err(ConfigError::MaxVcpus {
+                vcpus: self.vcpus,
+                max_vcpus: self.max_vcpus,
+            });
+        }
+        if !(self.memory_mib..=MAX_MEMORY_MIB).contains(&self.max_memory_mib) {
+            return Err(ConfigError::MaxMemorySize {
+                memory_mib: self.memory_mib,
+                max_memory_mib: self.max_memory_mib,
+            });
+        }
         if !(3..u32::MAX).contains(&self.guest_cid) {
             return Err(ConfigError::GuestCid {
                 guest_cid: self.guest_cid,
@@ -248,7 +283,9 @@ mod tests {
     fn config() -> VmConfig {
         VmConfig {
             vcpus: 1,
+            max_vcpus: 1,
             memory_mib: 512,
+            max_memory_mib: 512,
             kernel_params: String::new(),
             shares: Vec::new(),
             disks: Vec::new(),
@@ -274,6 +311,11 @@ mod tests {
         assert!(after(|c| c.vcpus = 0).is_err());
         assert!(after(|c| c.memory_mib = 31).is_err());
         assert!(after(|c| c.memory_mib = u32::MAX).is_err());
+        assert!(after(|c| c.max_vcpus = u8::MAX).is_ok());
+        assert!(after(|c| c.vcpus = 2).is_err());
+        assert!(after(|c| c.max_memory_mib = 1 << 20).is_ok());
+        assert!(after(|c| c.max_memory_mib = 511).is_err());
+        assert!(after(|c| c.max_memory_mib = u32::MAX).is_err());
         assert!(after(|c| c.guest_cid = 2).is_err());
         assert!(after(|c| c.guest_cid = u32::MAX).is_err());
     }

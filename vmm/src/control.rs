@@ -51,8 +51,20 @@ pub enum Call {
         /// Port in the guest.
         port: u32,
     },
+    /// Changes how large the running VM is, within what its [`VmConfig`] allows.
+    Resize(Resize),
     /// Reads every counter.
     Metrics,
+}
+
+/// How large a running VM shall be. What is not given stays as it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resize {
+    /// Virtual processors, 1 to [`VmConfig::max_vcpus`].
+    pub vcpus: Option<u8>,
+    /// Guest memory in MiB, up to [`VmConfig::max_memory_mib`]. The VM keeps what it started with.
+    pub memory_mib: Option<u32>,
 }
 
 /// From the worker to the shim.
@@ -79,6 +91,8 @@ pub enum Reply {
         /// The host's port of the connection, by which the guest knows it.
         local_port: u32,
     },
+    /// The guest has been told. It follows when it can; the counters `vcpus` and `mem_plugged_bytes` say how far it has.
+    Resized,
     /// Counters by name, for example `vcpu_exits_mmio`.
     Metrics(BTreeMap<String, u64>),
 }

@@ -202,6 +202,28 @@ pub enum Error {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 
+    /// More vCPUs than the description of the VM allows, or none.
+    #[error("the VM can have 1 to {max_vcpus} vCPUs, not {vcpus}")]
+    ResizeVcpus {
+        /// What was asked for.
+        vcpus: u8,
+        /// What it may have.
+        max_vcpus: u8,
+    },
+
+    /// More memory than the description of the VM allows.
+    #[error("the VM can have up to {max_memory_mib} MiB of memory, not {memory_mib}")]
+    ResizeMemory {
+        /// What was asked for.
+        memory_mib: u32,
+        /// What it may have.
+        max_memory_mib: u32,
+    },
+
+    /// The thread that makes vCPUs is gone.
+    #[error("the thread that makes vCPUs has ended")]
+    WorkshopClosed,
+
     /// A saved state does not fit this VM.
     #[error("the saved state of the VM cannot be restored")]
     Restore(#[from] crate::snapshot::RestoreError),

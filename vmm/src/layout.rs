@@ -6,6 +6,7 @@
 //! ECAM_BASE          PCI configuration space, 1 MiB for one bus
 //! IOAPIC_BASE        I/O APIC, local APICs, then KVM's own pages
 //! 4 GiB              high memory, if there is more than LOW_RAM_END of it
+//! above it           memory that may be plugged while the guest runs
 //! above it           64-bit window of the PCI host bridge
 //! ```
 
@@ -62,8 +63,24 @@ pub(crate) const PVPANIC_PORTS: Range<u64> = 0x505..0x506;
 /// ACPI sleep control, sleep status and reset registers, one byte each in this order.
 pub(crate) const POWER_PORTS: Range<u64> = 0x600..0x603;
 
+/// Hot-plug: what the guest reads and writes when it hears of one.
+pub(crate) const HOTPLUG_PORTS: Range<u64> = 0x620..0x643;
+/// By which it hears: the interrupt of the generic event device.
+pub(crate) const HOTPLUG_GSI: u32 = 5;
+
 /// First GSI that is no pin of the I/O APIC.
 pub(crate) const FIRST_MSI_GSI: u32 = 24;
+
+/// Linux adds memory in blocks of up to this size; one that begins in the middle of a block is lost to it.
+const MEMORY_BLOCK_SIZE: u64 = 2 << 30;
+
+/// Where `size` bytes may be plugged in above `ram_end`, the end of the memory that is there from the start.
+pub(crate) fn pluggable_memory(ram_end: u64, size: u64) -> Range<u64> {
+    let base = ram_end
+        .max(HIGH_RAM_BASE)
+        .next_multiple_of(MEMORY_BLOCK_SIZE);
+    base..base + size
+}
 
 /// The window of the PCI host bridge above `ram_end`, the end of all memory: aligned to its size as large BARs need.
 pub(crate) fn pci_window_64(ram_end: u64) -> Range<u64> {

@@ -23,6 +23,7 @@ mod vcpu;
 pub mod virtio;
 mod vmm;
 pub mod worker;
+mod workshop;
 
 pub use error::Error;
 pub use probe::{ProbeError, probe};

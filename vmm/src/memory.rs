@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -16,13 +17,16 @@ use vm_memory::{
 };
 
 use crate::error::Error;
-use crate::layout::{HIGH_RAM_BASE, LOW_RAM_END};
+use crate::layout::{HIGH_RAM_BASE, LOW_RAM_END, pluggable_memory};
 
 const MIB: u64 = 1 << 20;
 const PAGE: usize = 4096;
 
+/// What may be plugged in is rounded up to this much: in a VM with less than 64 GiB, Linux uses no smaller block of memory.
+const PLUGGABLE_UNIT: u64 = 128 * MIB;
+
 /// Where `size` bytes of memory lie: base and length, in ascending order.
-pub(crate) fn ranges(size: u64) -> Vec<(GuestAddress, u64)> {
+fn ranges(size: u64) -> Vec<(GuestAddress, u64)> {
     let low = size.min(LOW_RAM_END);
     let mut ranges = vec![(GuestAddress(0), low)];
     if size > low {
@@ -36,12 +40,27 @@ pub(crate) fn end(memory: &GuestMemoryMmap) -> u64 {
     memory.last_addr().raw_value() + 1
 }
 
-/// Allocates `size_mib` MiB. Pages are taken from the host as the guest touches them.
-pub(crate) fn allocate(size_mib: u32) -> Result<GuestMemoryMmap, Error> {
-    let size_mib = u64::from(size_mib);
-    let failed = |source| Error::AllocateMemory { size_mib, source };
+/// Where memory lies in a VM that starts with `size_mib` MiB and may grow to `max_mib`. The second is what may be plugged
+/// in, all of it, whether it is or not; empty where the VM may not grow.
+pub(crate) fn map(size_mib: u32, max_mib: u32) -> (Vec<(GuestAddress, u64)>, Range<u64>) {
+    let ram = ranges(u64::from(size_mib) * MIB);
+    let end = ram.iter().map(|(base, len)| base.0 + len).max();
+    let growth = u64::from(max_mib.saturating_sub(size_mib)) * MIB;
+    let pluggable = pluggable_memory(
+        end.expect("there is low memory"),
+        growth.next_multiple_of(PLUGGABLE_UNIT),
+    );
+    (ram, pluggable)
+}
+
+/// Allocates what [`map`] says. Pages are taken from the host as the guest touches them.
+pub(crate) fn allocate(size_mib: u32, max_mib: u32) -> Result<GuestMemoryMmap, Error> {
+    let failed = |source| Error::AllocateMemory {
+        size_mib: max_mib.into(),
+        source,
+    };
     let mut regions = Vec::new();
-    for (base, len) in ranges(size_mib * MIB) {
+    for (base, len) in all_ranges(size_mib, max_mib) {
         let mapping = MmapRegion::new(as_len(len)).map_err(|err| failed(io::Error::other(err)))?;
         // SAFETY: the range is this mapping, and the advice changes nothing of what it holds.
         let advised =
@@ -55,6 +74,31 @@ pub(crate) fn allocate(size_mib: u32) -> Result<GuestMemoryMmap, Error> {
         regions.push(region(mapping, base));
     }
     Ok(collect(regions))
+}
+
+fn all_ranges(size_mib: u32, max_mib: u32) -> Vec<(GuestAddress, u64)> {
+    let (mut ranges, pluggable) = map(size_mib, max_mib);
+    if !pluggable.is_empty() {
+        ranges.push((
+            GuestAddress(pluggable.start),
+            pluggable.end - pluggable.start,
+        ));
+    }
+    ranges
+}
+
+/// The memory that is there from the start: all but what may be plugged in.
+pub(crate) fn at_start(memory: &GuestMemoryMmap, pluggable: &Range<u64>) -> GuestMemoryMmap {
+    if pluggable.is_empty() {
+        return memory.clone();
+    }
+    let (rest, _) = memory
+        .remove_region(
+            GuestAddress(pluggable.start),
+            pluggable.end - pluggable.start,
+        )
+        .expect("it was allocated as a region of its own");
+    rest
 }
 
 /// Gives the host back the whole pages of a piece of guest memory: what they held is lost, and what is read next is zero,
@@ -78,8 +122,9 @@ pub(crate) fn give_back(piece: &VolatileSlice<'_>) -> io::Result<usize> {
 
 /// Takes the memory that a VM of the same size has left in `file` ([`save`]). What the guest changes does not reach the
 /// file, so any number of VMs may share it.
-pub(crate) fn adopt(file: File, size_mib: u32) -> Result<GuestMemoryMmap, Error> {
-    let size = u64::from(size_mib) * MIB;
+pub(crate) fn adopt(file: File, size_mib: u32, max_mib: u32) -> Result<GuestMemoryMmap, Error> {
+    let ranges = all_ranges(size_mib, max_mib);
+    let size: u64 = ranges.iter().map(|(_, len)| len).sum();
     let found = file.metadata().map_err(Error::AdoptMemory)?.len();
     if found != size {
         let source = io::Error::other(format!("it has {found} bytes, not {size}"));
@@ -88,7 +133,7 @@ pub(crate) fn adopt(file: File, size_mib: u32) -> Result<GuestMemoryMmap, Error>
     let file = std::sync::Arc::new(file);
     let mut offset = 0;
     let mut regions = Vec::new();
-    for (base, len) in ranges(size) {
+    for (base, len) in ranges {
         let mapping = MmapRegion::build(
             Some(FileOffset::from_arc(file.clone(), offset)),
             as_len(len),
@@ -182,8 +227,31 @@ mod tests {
     }
 
     #[test]
+    fn what_may_be_plugged_in_lies_above_and_is_apart() {
+        assert!(map(512, 512).1.is_empty());
+        let (ram, pluggable) = map(5 * 1024, 5 * 1024 + 200);
+        assert_eq!(ram[1].0.0 + ram[1].1, HIGH_RAM_BASE + 2 * 1024 * MIB);
+        assert_eq!(pluggable.start, HIGH_RAM_BASE + 2 * 1024 * MIB);
+        assert_eq!(pluggable.end - pluggable.start, 256 * MIB);
+        assert_eq!(map(64, 65).1.start, HIGH_RAM_BASE);
+
+        let memory = allocate(2, 3).unwrap();
+        let (_, pluggable) = map(2, 3);
+        memory
+            .write_obj(7u64, GuestAddress(pluggable.end - 8))
+            .unwrap();
+        let file = tempfile::tempfile().unwrap();
+        save(&memory, &file).unwrap();
+        let other = adopt(file, 2, 3).unwrap();
+        let address = GuestAddress(pluggable.end - 8);
+        assert_eq!(other.read_obj::<u64>(address).unwrap(), 7);
+        assert_eq!(end(&at_start(&other, &pluggable)), 2 * MIB);
+        assert_eq!(end(&at_start(&other, &map(3, 3).1)), pluggable.end);
+    }
+
+    #[test]
     fn whole_pages_are_given_back() {
-        let memory = allocate(1).unwrap();
+        let memory = allocate(1, 1).unwrap();
         memory.write_slice(&[7; 5 * PAGE], GuestAddress(0)).unwrap();
         let piece = memory.get_slice(GuestAddress(100), 4 * PAGE).unwrap();
         assert_eq!(give_back(&piece).unwrap(), 3 * PAGE);
@@ -200,22 +268,22 @@ mod tests {
 
     #[test]
     fn saved_memory_is_adopted_and_not_changed() {
-        let memory = allocate(2).unwrap();
+        let memory = allocate(2, 2).unwrap();
         memory.write_obj(7u64, GuestAddress(0x1_2340)).unwrap();
         let file = tempfile::tempfile().unwrap();
         save(&memory, &file).unwrap();
-        let first = adopt(file.try_clone().unwrap(), 2).unwrap();
+        let first = adopt(file.try_clone().unwrap(), 2, 2).unwrap();
         let address = GuestAddress(0x1_2340);
         assert_eq!(first.read_obj::<u64>(address).unwrap(), 7);
         first.write_obj(8u64, address).unwrap();
-        let second = adopt(file.try_clone().unwrap(), 2).unwrap();
+        let second = adopt(file.try_clone().unwrap(), 2, 2).unwrap();
         assert_eq!(second.read_obj::<u64>(address).unwrap(), 7);
-        assert!(adopt(file, 3).is_err());
+        assert!(adopt(file, 3, 3).is_err());
     }
 
     #[test]
     fn both_sides_of_the_hole_are_usable_and_the_hole_is_not() {
-        let memory = allocate(3 * 1024 + 1).unwrap();
+        let memory = allocate(3 * 1024 + 1, 3 * 1024 + 1).unwrap();
         memory
             .write_obj(7u64, GuestAddress(LOW_RAM_END - 8))
             .unwrap();

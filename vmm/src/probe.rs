@@ -90,7 +90,7 @@ pub fn probe() -> Result<(), ProbeError> {
         operation: "make a VM",
         source,
     })?;
-    let memory = memory::allocate(MEMORY_MIB)?;
+    let memory = memory::allocate(MEMORY_MIB, MEMORY_MIB)?;
     memory::register(&vm, &memory)?;
     write_program(&memory)?;
     let mut fd = vm.create_vcpu(0).map_err(failed("make the descriptor"))?;

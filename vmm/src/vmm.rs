@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use serde::{Deserialize, Serialize};
@@ -19,7 +19,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::board::{Board, BoardState, Parts};
 use crate::boot::{self, BootSource};
 use crate::config::{ConfigError, NicConfig, VmConfig};
-use crate::control::ExitReason;
+use crate::control::{ExitReason, Resize};
 use crate::devices::vsock::VsockHandle;
 use crate::end::End;
 use crate::error::Error;
@@ -28,6 +28,7 @@ use crate::memory;
 use crate::snapshot::RestoreError;
 use crate::vcpu::{CpuModel, ExitKind, Surroundings, Vcpu, VcpuSetup, VcpuState};
 use crate::virtio::worker::ThreadSetup;
+use crate::workshop::Workshop;
 
 /// The files of a VM.
 #[derive(Debug)]
@@ -73,6 +74,8 @@ pub struct Confinement {
     pub device: ThreadSetup,
     /// For the thread of a vCPU.
     pub vcpu: VcpuSetup,
+    /// For the thread that makes those of later vCPUs, which inherit its confinement and add their own.
+    pub workshop: VcpuSetup,
 }
 
 impl Confinement {
@@ -80,19 +83,33 @@ impl Confinement {
     pub const NONE: Self = Self {
         device: |_| Ok(()),
         vcpu: || Ok(()),
+        workshop: || Ok(()),
     };
 }
 
 /// A virtual machine. Dropping it ends the guest at once, joins all threads and frees its memory.
 #[derive(Debug)]
 pub struct Vmm {
-    /// First, so that nothing runs any more when the rest goes.
-    vcpus: Vec<Vcpu>,
+    /// First, so that nothing runs any more when the rest goes. Those with the lowest numbers, as far as there has been
+    /// need of them; KVM cannot unmake one.
+    vcpus: Mutex<Vec<Vcpu>>,
+    /// Makes the others, in a VM that may have more than it starts with.
+    workshop: Option<Workshop>,
+    maker: Arc<VcpuMaker>,
+    limits: Limits,
     board: Board,
     end: Arc<End>,
     kvm: Arc<KvmVm>,
     /// After the vCPUs: KVM uses the mapping while they run.
     memory: GuestMemoryMmap,
+}
+
+/// How large the VM may be.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    max_vcpus: u8,
+    memory_mib: u32,
+    max_memory_mib: u32,
 }
 
 /// What a VM is built around.
@@ -102,6 +119,8 @@ struct Machine {
     disks: Vec<File>,
     nics: Vec<NicFiles>,
     memory: GuestMemoryMmap,
+    /// How many vCPUs it has before it runs.
+    vcpus: u8,
 }
 
 /// The state of a VM as data, without its memory.
@@ -126,25 +145,29 @@ impl Vmm {
         confinement: Confinement,
     ) -> Result<Self, Error> {
         config.validate()?;
-        let memory = memory::allocate(config.memory_mib)?;
+        let memory = memory::allocate(config.memory_mib, config.max_memory_mib)?;
         let machine = Machine {
             console: files.console,
             disks: files.disks,
             nics: files.nics,
             memory,
+            vcpus: config.vcpus,
         };
         let vmm = Self::build(config, machine, on_ready, confinement)?;
+        let (_, pluggable) = memory::map(config.memory_mib, config.max_memory_mib);
         let entry = boot::load(
-            &vmm.memory,
+            &memory::at_start(&vmm.memory, &pluggable),
             &mut BootSource {
                 kernel: &mut files.kernel,
                 initramfs: &mut files.initramfs,
                 kernel_params: &config.kernel_params,
                 vcpus: config.vcpus,
+                max_vcpus: config.max_vcpus,
+                memory_end: memory::end(&vmm.memory),
             },
         )?;
         // The others wait for the kernel to start them.
-        vmm.vcpus[0].boot_at(entry)?;
+        vmm.vcpus()[0].boot_at(entry)?;
         Ok(vmm)
     }
 
@@ -159,24 +182,26 @@ impl Vmm {
         confinement: Confinement,
     ) -> Result<Self, Error> {
         config.validate()?;
-        let memory = memory::adopt(files.memory, config.memory_mib)?;
-        let machine = Machine {
-            console: files.console,
-            disks: files.disks,
-            nics: files.nics,
-            memory,
-        };
-        // Its guest has been ready before.
-        let vmm = Self::build(config, machine, || (), confinement)?;
-        if state.vcpus.len() != vmm.vcpus.len() {
+        let vcpus = u8::try_from(state.vcpus.len()).unwrap_or(0);
+        if !(config.vcpus..=config.max_vcpus).contains(&vcpus) {
             return Err(Error::Restore(RestoreError {
                 device: "VM",
                 reason: format!("it has {} vCPUs", state.vcpus.len()),
             }));
         }
+        let memory = memory::adopt(files.memory, config.memory_mib, config.max_memory_mib)?;
+        let machine = Machine {
+            console: files.console,
+            disks: files.disks,
+            nics: files.nics,
+            memory,
+            vcpus,
+        };
+        // Its guest has been ready before.
+        let vmm = Self::build(config, machine, || (), confinement)?;
         vmm.kvm.restore(&state.kvm)?;
         vmm.board.restore(state.board)?;
-        for (vcpu, state) in vmm.vcpus.iter().zip(state.vcpus) {
+        for (vcpu, state) in vmm.vcpus().iter().zip(state.vcpus) {
             vcpu.restore(state)?;
         }
         Ok(vmm)
@@ -219,23 +244,38 @@ impl Vmm {
                 disks: machine.disks,
                 nics: machine.nics,
                 memory: &memory,
+                pluggable: memory::map(config.memory_mib, config.max_memory_mib).1,
                 hypervisor: vm.clone(),
                 end: &end,
                 setup: confinement.device,
             },
             on_ready,
         )?;
-        let model = CpuModel::new(&kvm, config.vcpus)?;
-        let surroundings = Surroundings {
-            buses: Arc::clone(&board.buses),
-            end: Arc::clone(&end),
-            setup: confinement.vcpu,
-        };
-        let vcpus = (0..config.vcpus)
-            .map(|index| Vcpu::new(vm.fd(), index, &model, surroundings.clone()))
+        let maker = Arc::new(VcpuMaker {
+            vm: Arc::clone(&vm),
+            model: CpuModel::new(&kvm, config.max_vcpus)?,
+            surroundings: Surroundings {
+                buses: Arc::clone(&board.buses),
+                end: Arc::clone(&end),
+                setup: confinement.vcpu,
+            },
+        });
+        let vcpus = (0..machine.vcpus)
+            .map(|index| maker.make(index))
             .collect::<Result<Vec<_>, _>>()?;
+        let may_grow = config.max_vcpus > machine.vcpus;
+        let workshop = may_grow
+            .then(|| Workshop::open(confinement.workshop))
+            .transpose()?;
         Ok(Self {
-            vcpus,
+            vcpus: Mutex::new(vcpus),
+            workshop,
+            maker,
+            limits: Limits {
+                max_vcpus: config.max_vcpus,
+                memory_mib: config.memory_mib,
+                max_memory_mib: config.max_memory_mib,
+            },
             board,
             end,
             kvm: vm,
@@ -249,7 +289,63 @@ impl Vmm {
     /// When the thread of a vCPU has ended.
     pub fn start(&self) -> Result<(), Error> {
         self.board.resume();
-        self.vcpus.iter().try_for_each(Vcpu::resume)
+        self.vcpus().iter().try_for_each(Vcpu::resume)
+    }
+
+    /// Tells the running guest how many vCPUs it shall have, and how much memory; what is not given stays as it is. Returns
+    /// when the guest has been told: it takes what it is given, and gives up what it shall not have, when it can. What the
+    /// VM started with of memory it keeps.
+    ///
+    /// # Errors
+    /// When the description of the VM does not allow that much, or a vCPU cannot be made. The guest is told nothing then.
+    pub fn resize(&self, size: Resize) -> Result<(), Error> {
+        let Limits {
+            max_vcpus,
+            memory_mib: least_mib,
+            max_memory_mib,
+        } = self.limits;
+        if let Some(vcpus) = size.vcpus
+            && !(1..=max_vcpus).contains(&vcpus)
+        {
+            return Err(Error::ResizeVcpus { vcpus, max_vcpus });
+        }
+        if let Some(memory_mib) = size.memory_mib
+            && memory_mib > max_memory_mib
+        {
+            return Err(Error::ResizeMemory {
+                memory_mib,
+                max_memory_mib,
+            });
+        }
+        if let Some(vcpus) = size.vcpus {
+            self.make_vcpus(vcpus)?;
+            self.board.resize_vcpus(vcpus);
+        }
+        if let Some(memory_mib) = size.memory_mib {
+            let plugged = memory_mib.saturating_sub(least_mib);
+            self.board.resize_memory(u64::from(plugged) << 20);
+        }
+        Ok(())
+    }
+
+    /// Makes vCPUs until there are `count`, and lets them run: they wait for the kernel to start them.
+    fn make_vcpus(&self, count: u8) -> Result<(), Error> {
+        let mut vcpus = self.vcpus();
+        let present = u8::try_from(vcpus.len()).expect("at most max_vcpus");
+        for index in present..count {
+            let Some(workshop) = &self.workshop else {
+                break;
+            };
+            let maker = Arc::clone(&self.maker);
+            let vcpu = workshop.run(move || maker.make(index))??;
+            vcpu.resume()?;
+            vcpus.push(vcpu);
+        }
+        Ok(())
+    }
+
+    fn vcpus(&self) -> MutexGuard<'_, Vec<Vcpu>> {
+        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Stops the guest between two instructions, and its devices between two requests.
@@ -257,7 +353,7 @@ impl Vmm {
     /// # Errors
     /// When the thread of a vCPU has ended.
     pub fn pause(&self) -> Result<(), Error> {
-        self.vcpus.iter().try_for_each(Vcpu::pause)?;
+        self.vcpus().iter().try_for_each(Vcpu::pause)?;
         self.board.pause();
         Ok(())
     }
@@ -269,7 +365,7 @@ impl Vmm {
     pub fn save(&self) -> Result<VmState, Error> {
         Ok(VmState {
             vcpus: self
-                .vcpus
+                .vcpus()
                 .iter()
                 .map(Vcpu::save)
                 .collect::<Result<_, _>>()?,
@@ -301,7 +397,7 @@ impl Vmm {
         let mut metrics = BTreeMap::new();
         for kind in ExitKind::ALL {
             let count = self
-                .vcpus
+                .vcpus()
                 .iter()
                 .map(|vcpu| vcpu.counters().get(kind))
                 .sum();
@@ -309,6 +405,20 @@ impl Vmm {
         }
         self.board.collect(&mut metrics);
         metrics
+    }
+}
+
+/// What a vCPU is made from.
+#[derive(Debug)]
+struct VcpuMaker {
+    vm: Arc<KvmVm>,
+    model: CpuModel,
+    surroundings: Surroundings,
+}
+
+impl VcpuMaker {
+    fn make(&self, index: u8) -> Result<Vcpu, Error> {
+        Vcpu::new(self.vm.fd(), index, &self.model, self.surroundings.clone())
     }
 }
 

@@ -18,7 +18,7 @@ use std::process::{Child, Command};
 use command_fds::{CommandFdExt, FdMapping};
 use husk_vmm::NicFiles;
 use husk_vmm::config::{DiskConfig, NicConfig, ShareConfig, VmConfig};
-use husk_vmm::control::{self, Call, Event, ExitReason, Message, Reply, Request};
+use husk_vmm::control::{self, Call, Event, ExitReason, Message, Reply, Request, Resize};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use support::{Guest, file_of, initramfs, net};
 
@@ -128,6 +128,27 @@ impl Worker {
             Message::Reply { id: 1, result } => result,
             other => panic!("{other:?}"),
         }
+    }
+
+    /// Waits until the guest says something.
+    fn wait_for(&mut self, text: &str) {
+        let mut said = String::new();
+        while !said.contains(text) {
+            let mut bytes = [0; 256];
+            let count = self.console.read(&mut bytes).unwrap();
+            said.push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+    }
+
+    fn resize(&self, vcpus: Option<u8>, memory_mib: Option<u32>) {
+        self.ask(2, Call::Resize(Resize { vcpus, memory_mib }), &[]);
+        assert_eq!(
+            self.hear(),
+            Message::Reply {
+                id: 2,
+                result: Ok(Reply::Resized)
+            }
+        );
     }
 
     /// All that the guest has said, once the worker is gone.
@@ -316,6 +337,38 @@ fn guest_is_asked_and_worker_ends_when_the_socket_closes() {
     rustix::net::shutdown(&worker.control, rustix::net::Shutdown::Both).unwrap();
     let status = worker.child.wait().unwrap();
     assert!(status.success(), "{status}");
+}
+
+#[test]
+fn guest_grows_in_the_jail() {
+    if !has_kvm() {
+        return;
+    }
+    let mut worker = Worker::spawn();
+    let init = support::on_uevent(
+        "if [ $SUBSYSTEM$ACTION = cpuadd ]; then\n\
+           echo 1 > /sys$DEVPATH/online; echo HUSK $(nproc) processors\n\
+         fi\n\
+         total=$(awk '/MemTotal/{print $2}' /proc/meminfo)\n\
+         [ $total -gt 300000 ] && mkdir /grown 2>/dev/null && poweroff -f\n",
+    );
+    let booted = worker.boot(&init, |config| {
+        config.max_vcpus = 2;
+        config.max_memory_mib = 512;
+    });
+    assert_eq!(booted, Ok(Reply::Booted));
+    worker.wait_for("HUSK is up");
+    worker.resize(Some(2), None);
+    worker.wait_for("HUSK 2 processors");
+    worker.resize(None, Some(512));
+    let end = worker.hear();
+    let status = worker.child.wait().unwrap();
+    let output = worker.output();
+    assert_eq!(
+        end,
+        Message::Event(Event::Exited(ExitReason::PowerOff)),
+        "{status}: {output}"
+    );
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The ACPI tables, in the hardware-reduced form (ACPI 6.5, 4.1): no SMI, no power management timer, no legacy interrupt
 //! controller, so that the guest probes for none of them.
 
+mod hotplug;
+
 use acpi_tables::aml::{self, AddressSpace, AddressSpaceCacheable, EISAName, Path};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
@@ -14,12 +16,12 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use self::hotplug::{HotplugController, Processors};
 use crate::error::Error;
 use crate::layout::{
     ACPI_BASE, ACPI_END, ECAM_BASE, ECAM_SIZE, IOAPIC_BASE, LAPIC_BASE, PCI_WINDOW_32, POWER_PORTS,
     PVPANIC_PORTS, SERIAL_GSI, SERIAL_PORTS, pci_window_64,
 };
-use crate::memory;
 use crate::platform::power;
 
 const OEM_ID: [u8; 6] = *b"HUSK  ";
@@ -33,9 +35,20 @@ const NO_CMOS_RTC: u16 = 1 << 5;
 /// Tables start at multiples of this.
 const ALIGNMENT: u64 = 16;
 
+/// What the tables describe.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Machine {
+    /// vCPUs that are there from the start.
+    pub(super) vcpus: u8,
+    /// vCPUs that there may be.
+    pub(super) max_vcpus: u8,
+    /// The first address above all memory, including what may be plugged in.
+    pub(super) memory_end: u64,
+}
+
 /// Writes all tables and returns the address of the RSDP.
-pub(super) fn write(memory: &GuestMemoryMmap, vcpus: u8) -> Result<GuestAddress, Error> {
-    let tables = Tables::build(vcpus, memory::end(memory));
+pub(super) fn write(memory: &GuestMemoryMmap, machine: Machine) -> Result<GuestAddress, Error> {
+    let tables = Tables::build(machine);
     if tables.end() > ACPI_END {
         return Err(Error::AcpiTooLarge {
             size: tables.end() - ACPI_BASE,
@@ -58,14 +71,14 @@ struct Tables {
 }
 
 impl Tables {
-    fn build(vcpus: u8, ram_end: u64) -> Self {
+    fn build(machine: Machine) -> Self {
         let mut tables = Self {
             bytes: vec![0; Rsdp::len()],
         };
-        let dsdt = tables.add(&dsdt(ram_end));
+        let dsdt = tables.add(&dsdt(machine));
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         xsdt.add_entry(tables.add(&fadt(dsdt)));
-        xsdt.add_entry(tables.add(&madt(vcpus)));
+        xsdt.add_entry(tables.add(&madt(machine)));
         xsdt.add_entry(tables.add(&mcfg()));
         let xsdt = tables.add(&xsdt);
         let mut rsdp = Vec::new();
@@ -110,15 +123,20 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.finalize()
 }
 
-fn madt(vcpus: u8) -> impl Aml {
+fn madt(machine: Machine) -> impl Aml {
     let mut madt = MADT::new(
         OEM_ID,
         OEM_TABLE_ID,
         OEM_REVISION,
         LocalInterruptController::Address(LAPIC_BASE),
     );
-    for vcpu in 0..vcpus {
-        madt.add_structure(ProcessorLocalApic::new(vcpu, vcpu, EnabledStatus::Enabled));
+    for vcpu in 0..machine.max_vcpus {
+        let status = if vcpu < machine.vcpus {
+            EnabledStatus::Enabled
+        } else {
+            EnabledStatus::DisabledOnlineCapable
+        };
+        madt.add_structure(ProcessorLocalApic::new(vcpu, vcpu, status));
     }
     madt.add_structure(IoApic::new(0, IOAPIC_BASE, 0));
     madt
@@ -131,7 +149,7 @@ fn mcfg() -> impl Aml {
 }
 
 /// The devices that cannot be found by asking a bus.
-fn dsdt(ram_end: u64) -> impl Aml {
+fn dsdt(machine: Machine) -> impl Aml {
     let mut sdt = Sdt::new(
         *b"DSDT",
         36,
@@ -141,16 +159,21 @@ fn dsdt(ram_end: u64) -> impl Aml {
         OEM_REVISION,
     );
     let mut content = Vec::new();
-    aml::Scope::new(
-        "_SB_".into(),
-        vec![
-            &HostBridge { ram_end },
-            &EcamReservation,
-            &SerialPort,
-            &PanicNotifier,
-        ],
-    )
-    .to_aml_bytes(&mut content);
+    let bridge = HostBridge {
+        memory_end: machine.memory_end,
+    };
+    let controller = HotplugController {
+        max_vcpus: machine.max_vcpus,
+    };
+    let processors = Processors {
+        count: machine.max_vcpus,
+    };
+    let mut devices: Vec<&dyn Aml> = vec![&bridge, &EcamReservation, &SerialPort, &PanicNotifier];
+    // What cannot change needs no way to hear of changes: the guest has less to look at while it boots.
+    if machine.max_vcpus > machine.vcpus {
+        devices.extend([&controller as &dyn Aml, &processors]);
+    }
+    aml::Scope::new("_SB_".into(), devices).to_aml_bytes(&mut content);
     // SLP_TYP for S5, power off; the others are for registers that a hardware-reduced machine does not have.
     aml::Name::new(
         Path::new("_S5_"),
@@ -188,12 +211,12 @@ fn port_count(ports: &std::ops::Range<u64>) -> u8 {
 }
 
 struct HostBridge {
-    ram_end: u64,
+    memory_end: u64,
 }
 
 impl Aml for HostBridge {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        let high = pci_window_64(self.ram_end);
+        let high = pci_window_64(self.memory_end);
         aml::Device::new(
             "PCI0".into(),
             vec![
@@ -303,7 +326,15 @@ impl Aml for PanicNotifier {
 mod tests {
     use super::*;
 
-    const RAM_END: u64 = 256 << 20;
+    const MACHINE: Machine = Machine {
+        vcpus: 1,
+        max_vcpus: 1,
+        memory_end: 256 << 20,
+    };
+
+    /// Flags of a local APIC (5.2.12.2).
+    const ENABLED: u8 = 1;
+    const ONLINE_CAPABLE: u8 = 2;
 
     fn table_at(tables: &Tables, address: u64) -> &[u8] {
         let at = usize::try_from(address - ACPI_BASE).unwrap();
@@ -335,7 +366,7 @@ mod tests {
 
     #[test]
     fn every_table_is_reached_and_sums_to_zero() {
-        let tables = Tables::build(4, RAM_END);
+        let tables = Tables::build(MACHINE);
         for signature in [b"FACP", b"APIC", b"MCFG"] {
             assert!(sums_to_zero(find(&tables, signature)));
         }
@@ -343,7 +374,7 @@ mod tests {
 
     #[test]
     fn the_fadt_is_hardware_reduced_and_names_dsdt_and_registers() {
-        let tables = Tables::build(1, RAM_END);
+        let tables = Tables::build(MACHINE);
         let fadt = find(&tables, b"FACP");
         assert_eq!(fadt[8], 6, "revision");
         let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());
@@ -359,25 +390,32 @@ mod tests {
     }
 
     #[test]
-    fn the_madt_has_a_local_apic_for_each_vcpu() {
-        let tables = Tables::build(3, RAM_END);
+    fn the_madt_has_a_local_apic_for_each_vcpu_that_there_may_be() {
+        let tables = Tables::build(Machine {
+            vcpus: 2,
+            max_vcpus: 3,
+            ..MACHINE
+        });
         let mut rest = &find(&tables, b"APIC")[44..];
-        let mut ids = Vec::new();
+        let mut apics = Vec::new();
         let mut ioapics = 0;
         while let [kind, len, ..] = *rest {
             match kind {
-                0 => ids.push(rest[3]),
+                0 => apics.push((rest[3], rest[4])),
                 1 => ioapics += 1,
                 other => panic!("structure of type {other}"),
             }
             rest = &rest[usize::from(len)..];
         }
-        assert_eq!((ids, ioapics), (vec![0, 1, 2], 1));
+        assert_eq!(
+            (apics, ioapics),
+            (vec![(0, ENABLED), (1, ENABLED), (2, ONLINE_CAPABLE)], 1)
+        );
     }
 
     #[test]
     fn the_mcfg_names_one_bus() {
-        let tables = Tables::build(1, RAM_END);
+        let tables = Tables::build(MACHINE);
         let mcfg = find(&tables, b"MCFG");
         assert_eq!(qword(mcfg, 44), ECAM_BASE);
         assert_eq!(mcfg[54..56], [0, 0]);
@@ -385,6 +423,33 @@ mod tests {
 
     #[test]
     fn the_most_vcpus_fit() {
-        assert!(Tables::build(u8::MAX, 1 << 40).end() <= ACPI_END);
+        let tables = Tables::build(Machine {
+            vcpus: 1,
+            max_vcpus: u8::MAX,
+            memory_end: 1 << 40,
+        });
+        assert!(tables.end() <= ACPI_END);
+    }
+
+    #[test]
+    fn hot_plug_is_described_where_something_can_be_plugged() {
+        let dsdt_of = |max_vcpus| {
+            let tables = Tables::build(Machine {
+                max_vcpus,
+                ..MACHINE
+            });
+            let fadt = find(&tables, b"FACP");
+            table_at(&tables, qword(fadt, 140)).to_vec()
+        };
+        let has = |dsdt: &[u8], what: &[u8]| dsdt.windows(what.len()).any(|seen| seen == what);
+        assert!(!has(&dsdt_of(1), b"ACPI0013"));
+        let dsdt = dsdt_of(3);
+        for what in [b"ACPI0013", b"ACPI0007"] {
+            assert!(has(&dsdt, what));
+        }
+        for what in [b"C000", b"C002", b"P002", b"_EVT", b"_EJ0", b"_MAT"] {
+            assert!(has(&dsdt, what), "{what:?}");
+        }
+        assert!(!has(&dsdt, b"C003"));
     }
 }

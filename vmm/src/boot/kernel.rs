@@ -78,7 +78,7 @@ mod tests {
 
     #[test]
     fn what_is_no_kernel_is_refused() {
-        let memory = crate::memory::allocate(16).unwrap();
+        let memory = crate::memory::allocate(16, 16).unwrap();
         for content in [&b""[..], b"#!", b"#!/bin/sh\n", &[0; 4096]] {
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(content).unwrap();
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn a_truncated_elf_is_refused() {
-        let memory = crate::memory::allocate(16).unwrap();
+        let memory = crate::memory::allocate(16, 16).unwrap();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"\x7fELF\x02\x01\x01").unwrap();
         assert!(matches!(

@@ -21,10 +21,15 @@ pub(crate) struct BootSource<'a> {
     pub(crate) initramfs: &'a mut File,
     /// Added at the end of the command line.
     pub(crate) kernel_params: &'a str,
+    /// vCPUs that are there from the start.
     pub(crate) vcpus: u8,
+    /// vCPUs that there may be.
+    pub(crate) max_vcpus: u8,
+    /// The first address above all memory, including what may be plugged in.
+    pub(crate) memory_end: u64,
 }
 
-/// Loads everything and returns the address of the kernel's 64-bit entry point.
+/// Loads everything into `memory`, which is there from the start, and returns the address of the kernel's 64-bit entry point.
 pub(crate) fn load(
     memory: &GuestMemoryMmap,
     source: &mut BootSource<'_>,
@@ -32,7 +37,14 @@ pub(crate) fn load(
     let kernel = kernel::load(memory, source.kernel)?;
     let initramfs = initramfs::load(memory, source.initramfs, &kernel)?;
     let cmdline_len = cmdline::write(memory, source.kernel_params)?;
-    let rsdp = acpi::write(memory, source.vcpus)?;
+    let rsdp = acpi::write(
+        memory,
+        acpi::Machine {
+            vcpus: source.vcpus,
+            max_vcpus: source.max_vcpus,
+            memory_end: source.memory_end,
+        },
+    )?;
     x86_64::write_boot_params(
         memory,
         &x86_64::BootParams {

@@ -144,7 +144,7 @@ mod tests {
     use crate::layout::{HIGH_RAM_BASE, LOW_RAM_END};
 
     fn map_of(size_mib: u32) -> Vec<(u64, u64, u32)> {
-        let memory = crate::memory::allocate(size_mib).unwrap();
+        let memory = crate::memory::allocate(size_mib, size_mib).unwrap();
         e820(&memory)
             .iter()
             .map(|entry| (entry.addr, entry.addr + entry.size, entry.type_))
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn the_parameters_read_back() {
-        let memory = crate::memory::allocate(64).unwrap();
+        let memory = crate::memory::allocate(64, 64).unwrap();
         let kernel = Kernel {
             entry: GuestAddress(0x100_0000),
             end: GuestAddress(0x200_0000),
@@ -202,7 +202,7 @@ mod tests {
 
     #[test]
     fn the_page_tables_map_the_first_gib() {
-        let memory = crate::memory::allocate(1).unwrap();
+        let memory = crate::memory::allocate(1, 1).unwrap();
         write_page_tables(&memory).unwrap();
         let entry = |at| memory.read_obj::<u64>(GuestAddress(at)).unwrap();
         let pdpt = entry(PAGE_TABLES_BASE) & !0xfff;

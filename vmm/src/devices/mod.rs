@@ -4,6 +4,7 @@ pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod fs;
+pub mod mem;
 pub mod net;
 pub mod rng;
 pub mod vsock;

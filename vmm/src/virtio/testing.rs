@@ -64,6 +64,11 @@ impl FakeInterrupt {
             .unwrap_or(0)
     }
 
+    /// Changes of the configuration space so far.
+    pub(crate) fn config_changes(&self) -> u64 {
+        self.seen.lock().unwrap().config_changes
+    }
+
     fn wait(&self, what: &str, until: impl Fn(&Seen) -> bool) {
         let seen = self.seen.lock().unwrap();
         let (_seen, timeout) = self

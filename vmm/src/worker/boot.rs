@@ -10,7 +10,7 @@ use super::seccomp::{self, Role, SeccompError};
 use super::service::{Machine, Notice};
 use super::{jail, one_line};
 use crate::config::VmConfig;
-use crate::control::ExitReason;
+use crate::control::{ExitReason, Resize};
 use crate::devices::vsock::{ConnectError, VsockStream};
 use crate::virtio::DeviceType;
 use crate::vmm::{Confinement, NicFiles, VmFiles, Vmm};
@@ -55,6 +55,7 @@ fn try_boot(
         Confinement {
             device: confine_device,
             vcpu: confine_vcpu,
+            workshop: confine_workshop,
         },
     )
     .map_err(BootError::Build)?;
@@ -102,6 +103,12 @@ fn confine_vcpu() -> io::Result<()> {
     seccomp::install(Role::Vcpu).map_err(io::Error::other)
 }
 
+/// Without capabilities, its threads need not drop any.
+fn confine_workshop() -> io::Result<()> {
+    jail::drop_capabilities()?;
+    seccomp::install(Role::Workshop).map_err(io::Error::other)
+}
+
 fn confine_device(device: DeviceType) -> io::Result<()> {
     if device != DeviceType::Fs {
         jail::drop_capabilities()?;
@@ -112,6 +119,10 @@ fn confine_device(device: DeviceType) -> io::Result<()> {
 impl Machine for Vmm {
     fn end_reason(&self) -> Option<ExitReason> {
         self.exit_reason()
+    }
+
+    fn resize(&self, size: Resize) -> Result<(), String> {
+        self.resize(size).map_err(|err| one_line(&err))
     }
 
     fn metrics(&self) -> BTreeMap<String, u64> {
@@ -150,7 +161,9 @@ mod tests {
         };
         VmConfig {
             vcpus: 1,
+            max_vcpus: 1,
             memory_mib: 64,
+            max_memory_mib: 64,
             kernel_params: String::new(),
             shares: Vec::new(),
             disks: (0..disks)

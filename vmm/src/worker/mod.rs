@@ -63,9 +63,18 @@ fn become_worker(control: &OwnedFd) -> Result<(), WorkerError> {
         // at the first receipt.
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
         rustix::thread::set_name(PROCESS_NAME)?;
+        limit_arenas();
         close_all_but(control)
     };
     become_worker().map_err(WorkerError::Become)
+}
+
+/// Threads past the eighth share the heaps of the others. Unless told a limit, the allocator counts the host's processors
+/// when it gets there, in a file that the jail does not have and by a call that the filters do not allow.
+fn limit_arenas() {
+    const ARENAS: libc::c_int = 8;
+    // SAFETY: changes a setting of the allocator, which takes its own lock.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
 }
 
 /// Closes what the shim, or whoever started it, has let slip into this process.

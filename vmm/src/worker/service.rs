@@ -8,13 +8,16 @@ use rustix::event::epoll;
 use super::inbox::{Inbox, Outlet, inbox};
 use super::{WorkerError, one_line};
 use crate::config::VmConfig;
-use crate::control::{self, Call, Event, ExitReason, Message, Reply, Request};
+use crate::control::{self, Call, Event, ExitReason, Message, Reply, Request, Resize};
 use crate::devices::vsock::{ConnectError, VsockStream};
 
 /// A VM as this thread sees it. Its descriptor is readable once the VM has ended.
 pub(super) trait Machine: AsFd {
     /// Why it has ended, if it has.
     fn end_reason(&self) -> Option<ExitReason>;
+
+    /// Tells the guest how large it shall be. The error is for the shim.
+    fn resize(&self, size: Resize) -> Result<(), String>;
 
     /// All counters.
     fn metrics(&self) -> BTreeMap<String, u64>;
@@ -150,6 +153,10 @@ impl<M: Machine> Service<M> {
             Call::Boot(_) => self
                 .shim
                 .refuse(id, "a VM has been booted already".to_owned()),
+            Call::Resize(size) => match self.machine.resize(size) {
+                Ok(()) => self.shim.reply(id, Reply::Resized, None),
+                Err(message) => self.shim.refuse(id, message),
+            },
             Call::Metrics => self
                 .shim
                 .reply(id, Reply::Metrics(self.machine.metrics()), None),

@@ -43,7 +43,7 @@ fn all_vcpus_come_online_in_one_package() {
          cpu3/topology/thread_siblings_list > /tmp.txt; echo HUSK $(cat /tmp.txt)\n\
          for cpu in 0 1 2 3; do taskset $((1 << cpu)) true || echo HUSK cpu $cpu does not work; done; poweroff -f\n",
     );
-    guest.config.vcpus = 4;
+    (guest.config.vcpus, guest.config.max_vcpus) = (4, 4);
     boots_with(guest, "HUSK 0-3 3 0 3\n");
 }
 
@@ -57,6 +57,7 @@ fn memory_above_the_hole_is_used() {
          [ $((before - after)) -gt 7000 ] && echo HUSK took it there; poweroff -f\n",
     );
     guest.config.memory_mib = 3 * 1024 + 128;
+    guest.config.max_memory_mib = guest.config.memory_mib;
     boots_with(guest, "HUSK took it there\n");
 }
 

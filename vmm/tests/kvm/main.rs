@@ -7,6 +7,7 @@ mod files;
 mod memory;
 mod net;
 mod probe;
+mod resize;
 mod snapshot;
 #[path = "../support/mod.rs"]
 mod support;

@@ -30,7 +30,7 @@ fn a_paused_guest_goes_on() {
 fn a_saved_guest_goes_on_in_another_vm() {
     support::require_kvm!();
     let mut guest = Guest::new(COUNT);
-    guest.config.vcpus = 2;
+    (guest.config.vcpus, guest.config.max_vcpus) = (2, 2);
     let config = guest.config.clone();
     let running = guest.start();
     running.console.wait_for("HUSK 3\n");
@@ -89,9 +89,10 @@ fn a_state_does_not_fit_a_vm_of_another_shape() {
     };
     let mut larger = config.clone();
     larger.memory_mib += 1;
+    larger.max_memory_mib += 1;
     assert!(restore(&larger).is_err());
     let mut wider = config.clone();
-    wider.vcpus = 2;
+    (wider.vcpus, wider.max_vcpus) = (2, 2);
     assert!(restore(&wider).is_err());
     let mut other = config;
     other.guest_cid = 4;

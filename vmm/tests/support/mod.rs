@@ -47,7 +47,9 @@ impl Guest {
         Self {
             config: VmConfig {
                 vcpus: 1,
+                max_vcpus: 1,
                 memory_mib: 256,
+                max_memory_mib: 256,
                 kernel_params: String::new(),
                 shares: Vec::new(),
                 disks: Vec::new(),
@@ -218,6 +220,19 @@ pub(crate) fn initramfs(script: &str) -> File {
     archive.program("bin/busybox", &busybox);
     archive.program("init", format!("{prelude}{script}").as_bytes());
     file_of(&archive.finish())
+}
+
+/// A script for /init that runs `script` for each event of the guest's kernel, with what the event says in its environment,
+/// and says `HUSK is up` once events arrive.
+pub(crate) fn on_uevent(script: &str) -> String {
+    format!(
+        "cat > /bin/on-uevent <<'END'\n#!/bin/sh\n\
+         [ $DEVPATH != /devices/virtual/mem/null ] || exec touch /listens\n{script}END\n\
+         chmod +x /bin/on-uevent\n\
+         uevent /bin/on-uevent &\n\
+         until [ -e /listens ]; do echo change > /sys/devices/virtual/mem/null/uevent; sleep 0.1; done\n\
+         echo HUSK is up; wait\n"
+    )
 }
 
 /// An open file with this content.

@@ -104,7 +104,7 @@ impl Driver {
                 value: 7,
             }),
             BAR,
-            crate::memory::allocate(32).unwrap(),
+            crate::memory::allocate(32, 32).unwrap(),
             &Interrupts::new(hypervisor.clone()),
             hypervisor.clone(),
         )

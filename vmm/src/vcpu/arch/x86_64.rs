@@ -101,6 +101,10 @@ impl Registers {
             (MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
             (MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
         ])?;
+        // KVM resets a local APIC before the VM has the vCPU, so that its table of where interrupts go lacks the one made
+        // last until some local APIC changes. Of a vCPU that is plugged in alone, none would: it would never be started.
+        let lapic = registers.check("read the local APIC", registers.fd.get_lapic())?;
+        registers.check("set the local APIC", registers.fd.set_lapic(&lapic))?;
         Ok(registers)
     }
 

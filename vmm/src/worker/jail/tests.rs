@@ -14,6 +14,7 @@ use rustix::net::{AddressFamily, SocketType};
 use super::*;
 use crate::virtio::DeviceType;
 use crate::worker::seccomp::{self, Role};
+use crate::workshop::Workshop;
 
 const ATTEMPT: &str = "HUSK_JAIL_TEST_ATTEMPT";
 const SHARE: &str = "HUSK_JAIL_TEST_SHARE";
@@ -98,8 +99,46 @@ fn child() {
             let thread = std::thread::Builder::new().spawn(|| {});
             unreachable!("{thread:?}");
         }
+        "thread-of-workshop" => {
+            let made = thread_of_workshop(|| {
+                seccomp::install(Role::Vcpu).unwrap();
+                drop(vec![1; 1 << 20]);
+            });
+            assert!(made);
+        }
+        "thread-of-thread-of-workshop" => {
+            thread_of_workshop(|| {
+                seccomp::install(Role::Vcpu).unwrap();
+                let thread = std::thread::Builder::new().spawn(|| {});
+                unreachable!("{thread:?}");
+            });
+        }
+        "process-of-workshop" => {
+            seccomp::install(Role::Workshop).unwrap();
+            // SAFETY: the child, which there must not be, does nothing but panic, as its parent.
+            let child = unsafe { libc::fork() };
+            unreachable!("process {child}");
+        }
         other => panic!("no attempt {other}"),
     }
+}
+
+/// Runs something on a thread that the workshop has made. True if that comes to an end.
+fn thread_of_workshop(first: impl FnOnce() + Send + 'static) -> bool {
+    let setup = || {
+        drop_capabilities()?;
+        seccomp::install(Role::Workshop).map_err(io::Error::other)
+    };
+    let workshop = Workshop::open(setup).unwrap();
+    let made = workshop.run(move || {
+        std::thread::Builder::new()
+            .name("vcpu".to_owned())
+            .spawn(move || {
+                drop_capabilities().unwrap();
+                first();
+            })
+    });
+    made.unwrap().unwrap().join().is_ok()
 }
 
 /// All that is below the root.
@@ -282,6 +321,21 @@ fn executable_memory_kills() {
 #[test]
 fn new_thread_of_a_vcpu_kills() {
     is_killed("thread");
+}
+
+#[test]
+fn workshop_makes_threads_that_confine_themselves() {
+    succeeds("thread-of-workshop");
+}
+
+#[test]
+fn new_thread_of_a_thread_of_the_workshop_kills() {
+    is_killed("thread-of-thread-of-workshop");
+}
+
+#[test]
+fn new_process_of_the_workshop_kills() {
+    is_killed("process-of-workshop");
 }
 
 #[test]

@@ -29,6 +29,13 @@ impl Machine for FakeMachine {
         self.end.1.get().cloned()
     }
 
+    fn resize(&self, size: Resize) -> Result<(), String> {
+        match size.vcpus {
+            Some(1..=4) | None => Ok(()),
+            Some(vcpus) => Err(format!("not {vcpus} vCPUs")),
+        }
+    }
+
     fn metrics(&self) -> BTreeMap<String, u64> {
         BTreeMap::from([("vcpu_exits_io".to_owned(), 3)])
     }
@@ -120,7 +127,9 @@ fn replied(id: u64, result: Result<Reply, String>) -> Message {
 fn boot() -> Call {
     Call::Boot(VmConfig {
         vcpus: 1,
+        max_vcpus: 4,
         memory_mib: 64,
+        max_memory_mib: 64,
         kernel_params: String::new(),
         shares: Vec::new(),
         disks: Vec::new(),
@@ -187,6 +196,22 @@ fn metrics_are_answered() {
         panic!("{message:?}");
     };
     assert_eq!(metrics["vcpu_exits_io"], 3);
+    scene.close().unwrap();
+}
+
+#[test]
+fn resize_is_answered_by_what_came_of_it() {
+    let (scene, _outlet) = Scene::booted();
+    let size = |vcpus| {
+        Call::Resize(Resize {
+            vcpus: Some(vcpus),
+            memory_mib: None,
+        })
+    };
+    scene.ask(2, size(4));
+    assert_eq!(scene.hear().0, replied(2, Ok(Reply::Resized)));
+    scene.ask(3, size(5));
+    assert_eq!(scene.hear().0, replied(3, Err("not 5 vCPUs".into())));
     scene.close().unwrap();
 }
 
