@@ -10,6 +10,7 @@ mod container;
 mod creator;
 mod devices;
 mod error;
+mod hotplug;
 mod init;
 mod launch;
 mod logging;
@@ -91,6 +92,8 @@ async fn serve(level: &str) -> Result<()> {
         .context("starting the service")?;
     tokio::spawn(streams.serve(listen(STREAM_PORT)?));
     let reaping = tokio::spawn(reaper.run(signals));
+    let events = hotplug::Events::listen().context("listening to the kernel's events")?;
+    tokio::spawn(events.serve());
     // From its first packet on, the host may ask for anything, whenever it finishes the handshake.
     streams::announce()
         .await
