@@ -1,4 +1,4 @@
-//! Generates messages, client and server of `husk.agent.v1` from `proto/agent.proto`.
+//! Generates messages, client and server of `husk.agent.v1` from `proto/agent.proto`, and messages from `proto/cri.proto`.
 
 use std::path::PathBuf;
 
@@ -10,7 +10,7 @@ fn main() -> std::io::Result<()> {
         PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR for build scripts"));
     Codegen::new()
         .out_dir(&out_dir)
-        .input("../../proto/agent.proto")
+        .inputs(["../../proto/agent.proto", "../../proto/cri.proto"])
         .include("../../proto")
         .rust_protobuf()
         .customize(Customize {
@@ -22,6 +22,6 @@ fn main() -> std::io::Result<()> {
     // The generated files begin with inner attributes, which `include!` does not take: they must be modules.
     std::fs::write(
         out_dir.join("modules.rs"),
-        "pub mod agent;\npub mod agent_ttrpc;\n",
+        "pub mod agent;\npub mod agent_ttrpc;\npub mod cri;\n",
     )
 }

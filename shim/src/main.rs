@@ -11,6 +11,7 @@ mod hooks;
 mod network;
 mod options;
 mod pod;
+mod pod_config;
 mod process;
 mod sandbox;
 mod service;

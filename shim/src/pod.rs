@@ -8,11 +8,11 @@ use oci_spec::runtime::Spec;
 
 use crate::error::Error;
 
-const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
-const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
-const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
-const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+pub(crate) const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+pub(crate) const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+pub(crate) const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+pub(crate) const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+pub(crate) const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
 /// What a container is to its VM.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -95,6 +95,17 @@ impl Sandbox {
         })
     }
 
+    /// All of them, but for those that are being created.
+    pub(crate) fn containers(&self) -> Vec<Arc<Container>> {
+        lock(&self.containers)
+            .values()
+            .filter_map(|slot| match slot {
+                Slot::Created(container) => Some(container.clone()),
+                Slot::Creating => None,
+            })
+            .collect()
+    }
+
     pub(crate) fn remove(&self, id: &str) {
         lock(&self.containers).remove(id);
     }

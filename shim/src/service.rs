@@ -3,6 +3,8 @@
 //! ttrpc drops the future of a method whose caller goes away, or whose deadline passes. A verb that changes something
 //! must not stop half-way, so it runs in a task of its own ([`to_the_end`]).
 
+pub(crate) mod sandbox;
+
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;

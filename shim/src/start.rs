@@ -40,6 +40,7 @@ use crate::network;
 use crate::process::KILLED;
 use crate::sandbox::Sandbox;
 use crate::service::TaskService;
+use crate::service::sandbox::SandboxService;
 use crate::storage::Share;
 use crate::task::create::{NETWORK_FILE, WORKER_PID_FILE};
 use crate::vmm::WORKER_ROLE;
@@ -177,8 +178,12 @@ fn print(bytes: &[u8]) -> Result<(), StartError> {
 /// address.
 fn start(flags: &Flags) -> Result<String, StartError> {
     let options = read_options()?;
-    let spec = fs::read("config.json").map_err(file_error("read", "config.json"))?;
-    let spec: Value = serde_json::from_slice(&spec).map_err(StartError::ReadSpec)?;
+    let spec: Value = match fs::read("config.json") {
+        Ok(spec) => serde_json::from_slice(&spec).map_err(StartError::ReadSpec)?,
+        // The sandbox service starts a shim before there is a container.
+        Err(err) if err.kind() == ErrorKind::NotFound => Value::Null,
+        Err(err) => return Err(file_error("read", "config.json")(err)),
+    };
     let group = group(&spec).unwrap_or(&flags.id);
     let address = address(flags, group);
     if let Some(socket) = bind(&address)?
@@ -377,7 +382,7 @@ fn file_error(operation: &'static str, path: &str) -> impl FnOnce(io::Error) -> 
     }
 }
 
-/// The server: serves the task service until containerd shuts it down.
+/// The server: serves the task and the sandbox service until containerd shuts it down.
 fn serve(flags: &Flags) -> Result<(), StartError> {
     // SAFETY: `start` passes the socket as this descriptor, and nothing in this process has taken it before: this runs
     // first, on the only thread.
@@ -417,7 +422,8 @@ async fn serve_until_shutdown(
     let listener = Listener::try_from(socket).map_err(StartError::Runtime)?;
     let mut server = Server::new()
         .add_listener(listener)
-        .register_service(TaskService::new(sandbox.clone()).services());
+        .register_service(TaskService::new(sandbox.clone()).services())
+        .register_service(SandboxService::new(sandbox.clone()).services());
     server.start().await.map_err(StartError::Serve)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Runtime)?;
     report_ready()?;

@@ -1,5 +1,6 @@
 //! What the shim and husk-agent agree on: the ttrpc service `husk.agent.v1` (generated from `proto/agent.proto`), the
-//! vsock ports, and the name and place of the shared folder.
+//! vsock ports, and the name and place of the shared folder. Beside it, the part of CRI's messages that the shim reads
+//! (generated from `proto/cri.proto`).
 
 mod generated {
     #![allow(
@@ -10,13 +11,14 @@ mod generated {
         clippy::needless_pass_by_value,
         clippy::cast_possible_truncation,
         clippy::unwrap_used,
-        reason = "generated code; its documentation is proto/agent.proto"
+        reason = "generated code; its documentation is in proto/"
     )]
     include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 }
 
 pub use generated::agent;
 pub use generated::agent_ttrpc;
+pub use generated::cri;
 
 /// Context identifier of the host on a virtio-vsock device (virtio 1.3, 5.10.4).
 pub const HOST_CID: u32 = 2;

@@ -49,7 +49,15 @@ struct MountPoint {
 
 /// Looks at `path` on the host. `is_shm` says that it is a pod's /dev/shm.
 pub(crate) fn look(path: &Path, is_shm: bool) -> io::Result<Source> {
-    let path = path.canonicalize()?;
+    let path = match path.canonicalize() {
+        Err(err) if is_shm && err.kind() == io::ErrorKind::NotFound => {
+            return Ok(Source::Memory {
+                volume: default_shm(),
+                folder: PathBuf::new(),
+            });
+        }
+        path => path?,
+    };
     let kind = path.metadata()?.file_type();
     if kind.is_socket() {
         return Ok(Source::Socket);
@@ -119,6 +127,17 @@ fn volume(root: &MountPoint) -> io::Result<Volume> {
         inert: size.flags().contains(inert),
         ..Volume::default()
     })
+}
+
+/// What containerd has for a pod that it makes itself.
+fn default_shm() -> Volume {
+    Volume {
+        name: "shm".to_owned(),
+        size: 64 << 20,
+        mode: 0o1777,
+        inert: true,
+        ..Volume::default()
+    }
 }
 
 fn parse(mountinfo: &str) -> Vec<MountPoint> {
@@ -217,6 +236,12 @@ mod tests {
         );
         // If the host's is used, it is no mount of a pod's; it is shared like any folder on disk.
         assert_eq!(found("/dev/shm", true), None);
+    }
+
+    #[test]
+    fn shm_that_containerd_has_not_is_the_guests_too() {
+        let found = look(Path::new("/absent/p/shm"), true).unwrap();
+        assert!(matches!(found, Source::Memory { volume, .. } if volume.size == 64 << 20));
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::hooks::{self, HookState};
 use crate::network;
 use crate::options;
 use crate::pod::{Kind, Limits};
+use crate::pod_config;
 use crate::process::{Process, TtySize};
 use crate::sandbox::Sandbox;
 use crate::spec::{self, Divided, VmSize};
@@ -81,14 +82,15 @@ impl Sandbox {
     /// Everything up to the container; what it holds is in the returned value, or given back.
     async fn build(&self, request: Create) -> Result<Container, Error> {
         let begin = Instant::now();
-        let spec = load_spec(&request.bundle)?;
+        let mut spec = load_spec(&request.bundle)?;
         let annotations = spec.annotations().iter().flatten();
         let config = options::config(request.options.as_ref())?
             .with_annotations(annotations.map(|(name, value)| (name.as_str(), value.as_str())))
             .map_err(Error::Config)?;
         let kind = Kind::of(&spec)?;
         if let Kind::Member { sandbox } = &kind {
-            self.must_have_sandbox(sandbox)?;
+            let bundle = self.running_sandbox(sandbox)?.bundle().to_owned();
+            pod_config::supply(&mut spec, sandbox, &bundle);
         }
         let limits = match kind {
             Kind::Sandbox => Limits::of_sandbox(&spec)?,
@@ -201,9 +203,9 @@ impl Sandbox {
     }
 
     /// Containers come after their sandbox, and not without it: its VM is theirs.
-    fn must_have_sandbox(&self, id: &str) -> Result<(), Error> {
+    fn running_sandbox(&self, id: &str) -> Result<Arc<Container>, Error> {
         match self.container(id) {
-            Ok(sandbox) if sandbox.init().exit().is_none() => Ok(()),
+            Ok(sandbox) if sandbox.init().exit().is_none() => Ok(sandbox),
             Ok(_) | Err(_) => Err(Error::NoSandbox { id: id.to_owned() }),
         }
     }

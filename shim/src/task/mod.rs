@@ -15,5 +15,6 @@ mod shutdown;
 mod start;
 pub(crate) mod state;
 mod stats;
+mod stop;
 mod update;
 mod wait;

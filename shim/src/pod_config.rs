@@ -1,0 +1,309 @@
+//! A pod as containerd's sandbox service describes it, turned into what containerd otherwise makes of it itself: the OCI
+//! configuration of the container that stands for the pod, and the files of /etc that its containers share.
+
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use containerd_shim::protos::protobuf::Message;
+use containerd_shim::protos::protobuf::well_known_types::any::Any;
+use husk_protocol::cri::{DNSConfig, NamespaceMode, PodSandboxConfig};
+use oci_spec::runtime::Spec;
+use serde_json::{Value, json};
+
+use crate::error::Error;
+use crate::pod::{CONTAINER_TYPE, CPU_PERIOD, CPU_QUOTA, MEMORY, SANDBOX_ID};
+
+/// The folder of a bundle in which the files for the pod's containers are.
+const FILES: &str = "pod";
+
+const HOSTS: &str = "hosts";
+const HOSTNAME: &str = "hostname";
+const RESOLV_CONF: &str = "resolv.conf";
+
+/// What `CreateSandbox` says.
+#[derive(Debug)]
+pub(crate) struct Described<'a> {
+    pub(crate) id: &'a str,
+    /// Empty for a pod in the host's network.
+    pub(crate) network_namespace: &'a str,
+    pub(crate) annotations: &'a HashMap<String, String>,
+    pub(crate) config: PodSandboxConfig,
+}
+
+/// The description of the pod that is in the options of a request; the default one if there are none.
+///
+/// # Errors
+/// `UnknownOptions`, `InvalidRequest`
+pub(crate) fn parse(options: Option<&Any>) -> Result<PodSandboxConfig, Error> {
+    let Some(any) = options.filter(|any| !any.type_url.is_empty()) else {
+        return Ok(PodSandboxConfig::new());
+    };
+    if !any.type_url.ends_with("PodSandboxConfig") {
+        return Err(Error::UnknownOptions(any.type_url.clone()));
+    }
+    PodSandboxConfig::parse_from_bytes(&any.value).map_err(|source| Error::InvalidRequest {
+        what: "description of the pod",
+        source: source.into(),
+    })
+}
+
+impl Described<'_> {
+    /// Writes it all to the bundle.
+    ///
+    /// # Errors
+    /// `Storage`
+    pub(crate) fn write(&self, bundle: &Path) -> Result<(), Error> {
+        let files = bundle.join(FILES);
+        create_dir(&files)?;
+        write(&bundle.join("config.json"), self.oci_spec().to_string())?;
+        write(&files.join(HOSTNAME), format!("{}\n", self.config.hostname))?;
+        // As containerd does for its own: what the host says, unless the pod has a wish.
+        write(&files.join(HOSTS), read("/etc/hosts")?)?;
+        let resolv_conf = match self.config.dns_config.as_ref() {
+            Some(dns) => resolv_conf(dns),
+            None => read("/etc/resolv.conf")?,
+        };
+        write(&files.join(RESOLV_CONF), resolv_conf)
+    }
+
+    fn oci_spec(&self) -> Value {
+        let linux = self.config.linux.get_or_default();
+        let security = linux.security_context.get_or_default();
+        let mut namespaces = vec![
+            json!({"type": "pid"}),
+            json!({"type": "ipc"}),
+            json!({"type": "uts"}),
+            json!({"type": "mount"}),
+        ];
+        if security.namespace_options.network.enum_value() != Ok(NamespaceMode::NODE) {
+            namespaces.push(match self.network_namespace {
+                "" => json!({"type": "network"}),
+                path => json!({"type": "network", "path": path}),
+            });
+        }
+        let of_pod = self.config.annotations.iter();
+        let mut annotations: HashMap<&str, String> = of_pod
+            .chain(self.annotations)
+            .map(|(name, value)| (name.as_str(), value.clone()))
+            .collect();
+        annotations.extend([
+            (CONTAINER_TYPE, "sandbox".to_owned()),
+            (SANDBOX_ID, self.id.to_owned()),
+        ]);
+        if let Some(resources) = linux.resources.as_ref() {
+            annotations.extend([
+                (CPU_PERIOD, resources.cpu_period.to_string()),
+                (CPU_QUOTA, resources.cpu_quota.to_string()),
+                (MEMORY, resources.memory_limit_in_bytes.to_string()),
+            ]);
+        }
+        json!({
+            "ociVersion": "1.1.0",
+            "root": {"path": "rootfs"},
+            "process": {"args": ["pause"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
+            "hostname": self.config.hostname,
+            "annotations": annotations,
+            "linux": {"namespaces": namespaces, "sysctl": linux.sysctls}
+        })
+    }
+}
+
+/// Replaces the sources of mounts of a container in the pod `sandbox` that would be files of containerd's, which it has
+/// only for pods that it makes itself, by those in the sandbox's bundle.
+pub(crate) fn supply(spec: &mut Spec, sandbox: &str, bundle: &Path) {
+    let Some(mounts) = spec.mounts_mut() else {
+        return;
+    };
+    for mount in mounts {
+        let supplied = mount
+            .source()
+            .as_deref()
+            .and_then(|source| own_file(source, sandbox, bundle));
+        if supplied.is_some() {
+            mount.set_source(supplied);
+        }
+    }
+}
+
+fn own_file(source: &Path, sandbox: &str, bundle: &Path) -> Option<PathBuf> {
+    let name = [HOSTS, HOSTNAME, RESOLV_CONF]
+        .into_iter()
+        .find(|name| source.ends_with(Path::new(sandbox).join(name)))?;
+    (!source.exists()).then(|| bundle.join(FILES).join(name))
+}
+
+/// See resolv.conf(5).
+fn resolv_conf(dns: &DNSConfig) -> String {
+    let mut text = String::new();
+    let mut line = |key: &str, values: &[String]| {
+        if !values.is_empty() {
+            writeln!(text, "{key} {}", values.join(" ")).expect("a string takes all");
+        }
+    };
+    line("search", &dns.searches);
+    for server in &dns.servers {
+        line("nameserver", std::slice::from_ref(server));
+    }
+    line("options", &dns.options);
+    text
+}
+
+/// Empty if there is none.
+fn read(path: &str) -> Result<String, Error> {
+    match std::fs::read_to_string(path) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        read => read.map_err(failed("read", Path::new(path))),
+    }
+}
+
+fn write(path: &Path, content: String) -> Result<(), Error> {
+    std::fs::write(path, content).map_err(failed("write", path))
+}
+
+fn create_dir(path: &Path) -> Result<(), Error> {
+    std::fs::create_dir_all(path).map_err(failed("create", path))
+}
+
+fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Storage {
+        operation,
+        path,
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::network::Place;
+    use crate::pod::{Kind, Limits};
+
+    fn described<'a>(
+        config: PodSandboxConfig,
+        annotations: &'a HashMap<String, String>,
+    ) -> Described<'a> {
+        Described {
+            id: "p",
+            network_namespace: "/run/netns/n",
+            annotations,
+            config,
+        }
+    }
+
+    fn spec(config: PodSandboxConfig) -> Spec {
+        serde_json::from_value(described(config, &HashMap::new()).oci_spec()).unwrap()
+    }
+
+    #[test]
+    fn a_pod_is_the_sandbox_of_its_containers() {
+        let mut config = PodSandboxConfig::new();
+        config.hostname = "web".to_owned();
+        let linux = config.linux.mut_or_insert_default();
+        linux
+            .sysctls
+            .insert("net.core.somaxconn".to_owned(), "1".to_owned());
+        let resources = linux.resources.mut_or_insert_default();
+        (resources.cpu_period, resources.cpu_quota) = (100_000, 150_000);
+        resources.memory_limit_in_bytes = 1 << 30;
+        let spec = spec(config);
+        assert_eq!(Kind::of(&spec).unwrap(), Kind::Sandbox);
+        let limits = Limits {
+            cpus: Some(2),
+            memory_bytes: Some(1 << 30),
+        };
+        assert_eq!(Limits::of_sandbox(&spec).unwrap(), limits);
+        assert_eq!(spec.hostname().as_deref(), Some("web"));
+        let sysctl = spec.linux().as_ref().unwrap().sysctl().clone().unwrap();
+        assert_eq!(sysctl["net.core.somaxconn"], "1");
+        assert!(matches!(
+            Place::of(&spec),
+            Place::Namespace(path) if path == Path::new("/run/netns/n")
+        ));
+    }
+
+    #[test]
+    fn a_pod_in_the_hosts_network_asks_for_it() {
+        let mut config = PodSandboxConfig::new();
+        let linux = config.linux.mut_or_insert_default();
+        let security = linux.security_context.mut_or_insert_default();
+        let options = security.namespace_options.mut_or_insert_default();
+        options.network = NamespaceMode::NODE.into();
+        assert!(matches!(Place::of(&spec(config)), Place::Host));
+    }
+
+    #[test]
+    fn options_are_those_of_a_pod() {
+        let mut config = PodSandboxConfig::new();
+        config.hostname = "web".to_owned();
+        let any = |type_url: &str, value: Vec<u8>| Any {
+            type_url: type_url.to_owned(),
+            value,
+            ..Any::default()
+        };
+        let good = any(
+            "runtime.v1.PodSandboxConfig",
+            config.write_to_bytes().unwrap(),
+        );
+        assert_eq!(parse(Some(&good)).unwrap(), config);
+        assert_eq!(parse(None).unwrap(), PodSandboxConfig::new());
+        let other = any("runtime.v1.ContainerConfig", Vec::new());
+        assert!(matches!(parse(Some(&other)), Err(Error::UnknownOptions(_))));
+        let cut = any("runtime.v1.PodSandboxConfig", vec![0x12, 9]);
+        assert!(matches!(
+            parse(Some(&cut)),
+            Err(Error::InvalidRequest { .. })
+        ));
+    }
+
+    #[test]
+    fn wishes_for_dns_are_written_as_the_resolver_reads_them() {
+        let mut dns = DNSConfig::new();
+        dns.servers = vec!["10.0.0.10".to_owned(), "fd00::a".to_owned()];
+        dns.searches = vec![
+            "ns.svc.cluster.local".to_owned(),
+            "svc.cluster.local".to_owned(),
+        ];
+        dns.options = vec!["ndots:5".to_owned()];
+        assert_eq!(
+            resolv_conf(&dns),
+            "search ns.svc.cluster.local svc.cluster.local\n\
+             nameserver 10.0.0.10\nnameserver fd00::a\noptions ndots:5\n"
+        );
+    }
+
+    #[test]
+    fn files_that_containerd_has_not_come_from_the_bundle() {
+        let bundle = tempfile::tempdir().unwrap();
+        let config = PodSandboxConfig::new();
+        described(config, &HashMap::new())
+            .write(bundle.path())
+            .unwrap();
+        let theirs = tempfile::tempdir().unwrap();
+        let sandbox = theirs.path().join("p");
+        std::fs::create_dir(&sandbox).unwrap();
+        std::fs::write(sandbox.join("hostname"), "theirs").unwrap();
+        let source = |name: &str| sandbox.join(name);
+        let mut spec: Spec = serde_json::from_value(json!({
+            "ociVersion": "1.1.0",
+            "mounts": [
+                {"destination": "/etc/hosts", "type": "bind", "source": source("hosts")},
+                {"destination": "/etc/hostname", "type": "bind", "source": source("hostname")},
+                {"destination": "/data", "type": "bind", "source": "/srv/hosts"}
+            ]
+        }))
+        .unwrap();
+        supply(&mut spec, "p", bundle.path());
+        let sources: Vec<_> = spec
+            .mounts()
+            .iter()
+            .flatten()
+            .map(|mount| mount.source().clone().unwrap())
+            .collect();
+        let ours = bundle.path().join("pod/hosts");
+        assert!(ours.exists());
+        assert_eq!(sources, [ours, source("hostname"), "/srv/hosts".into()]);
+    }
+}

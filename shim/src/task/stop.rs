@@ -1,0 +1,39 @@
+//! What the sandbox service does to all containers at once.
+
+use std::sync::Arc;
+
+use futures::future::join_all;
+
+use crate::error::Error;
+use crate::sandbox::Sandbox;
+
+/// SIGKILL.
+const KILL: u32 = 9;
+
+impl Sandbox {
+    /// Kills every container and waits for their ends, which [`Sandbox::kill`] sees to. May be called more than once.
+    pub(crate) async fn stop(self: &Arc<Self>) -> Result<(), Error> {
+        let containers = self.containers();
+        for container in &containers {
+            match self.kill(container.id(), "", KILL, true).await {
+                Ok(()) | Err(Error::ProcessFinished | Error::ContainerNotFound { .. }) => {}
+                Err(err) => return Err(err),
+            }
+        }
+        join_all(containers.iter().map(|container| container.init().wait())).await;
+        Ok(())
+    }
+
+    /// Deletes every container, of which none may run: the one that stands for the pod after those that are in it.
+    pub(crate) async fn delete_all(&self) -> Result<(), Error> {
+        let mut containers = self.containers();
+        containers.sort_by_key(|container| container.is_sandbox());
+        for container in containers {
+            match self.delete(container.id(), "").await {
+                Ok(_) | Err(Error::ContainerNotFound { .. }) => {}
+                Err(err) => return Err(err),
+            }
+        }
+        Ok(())
+    }
+}
