@@ -441,9 +441,10 @@ async fn copy_input(mut from: pipe::Receiver, mut to: UnixStream) {
             Ok(0) => break,
             Ok(count) => {
                 if let Err(err) = to.write_all(buffer.get(..count).unwrap_or_default()).await {
-                    // The process has closed its stdin, or has ended.
                     debug!("stdin is not read any more: {err}");
-                    return;
+                    // The process has closed its stdin, or has ended. The fifo keeps its reader until the streams go:
+                    // without one, a client that still writes would end by SIGPIPE and lose what the process says.
+                    return std::future::pending().await;
                 }
             }
             Err(err) => {
@@ -694,6 +695,24 @@ mod tests {
         streams.open_stdin();
         streams.open_stdin();
         assert_eq!(stdin.unwrap().read(&mut [0]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn client_may_go_on_writing_when_the_process_reads_no_more() {
+        let fifos = Fifos::new();
+        let ends = open(&fifos.stdio(), IDENTITY).await.unwrap();
+        let (streams, [stdin, _, _]) = connected(ends);
+        drop(stdin);
+        let mut client = File::options()
+            .write(true)
+            .open(fifos.path("stdin"))
+            .unwrap();
+        // Each turn gives the copy, which the first bytes make fail, the time to let go of the fifo.
+        for _ in 0..1000 {
+            client.write_all(b"x").unwrap();
+            tokio::task::yield_now().await;
+        }
+        drop(streams);
     }
 
     #[tokio::test]
