@@ -30,6 +30,7 @@ mod terminal;
 use std::fs::{self, OpenOptions};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use husk_protocol::{AGENT_PORT, STREAM_PORT};
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
+    let started = Instant::now();
     init::prepare()?;
     let cmdline =
         fs::read_to_string("/proc/cmdline").context("reading the kernel's command line")?;
@@ -77,11 +79,11 @@ fn run() -> Result<()> {
         .enable_all()
         .build()
         .context("starting the runtime")?
-        .block_on(serve(level))
+        .block_on(serve(level, started))
 }
 
-/// Serves until the virtual machine ends.
-async fn serve(level: &str) -> Result<()> {
+/// Serves until the virtual machine ends. `started` is when this process did.
+async fn serve(level: &str, started: Instant) -> Result<()> {
     let signals = Reaper::signals().context("catching SIGCHLD")?;
     let reaper = Arc::new(Reaper::default());
     let streams = Arc::new(Streams::default());
@@ -98,7 +100,12 @@ async fn serve(level: &str) -> Result<()> {
     streams::announce()
         .await
         .context("telling the host that the agent is ready")?;
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), "husk-agent is ready");
+    let took_ms = started.elapsed().as_millis();
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        took_ms,
+        "husk-agent is ready"
+    );
     reaping.await.context("reaping")
 }
 

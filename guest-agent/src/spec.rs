@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::Pid;
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    Hooks, Linux, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, LinuxSeccomp, Mount,
     PosixRlimitBuilder, PosixRlimitType, Process, Spec,
 };
 use pathrs::Root;
@@ -49,13 +49,14 @@ pub(crate) fn prepare(
         .map(|root| root.path().clone())
         .ok_or_else(|| missing("root"))?;
     fs::metadata(&root).during(format!("finding the root file system {}", root.display()))?;
+    let mounts = spec.mounts().clone().unwrap_or_default();
     let process = spec
         .process_mut()
         .as_mut()
         .ok_or_else(|| missing("process"))?;
     prepare_process(process, terminal, &root, None);
     limit_locked_memory(process);
-    make_working_directory(process, &root);
+    make_working_directory(process.cwd(), &root, &mounts);
     spec.set_hooks(spec.hooks().as_ref().and_then(guest_hooks));
 
     let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux"))?;
@@ -210,20 +211,40 @@ fn limit_locked_memory(process: &mut Process) {
     }
 }
 
-/// runc makes the first process' working directory if the image lacks it.
-fn make_working_directory(process: &Process, root: &Path) {
+fn is_bind(mount: &Mount) -> bool {
+    let mut options = mount.options().iter().flatten();
+    mount.typ().as_deref() == Some("bind")
+        || options.any(|option| option == "bind" || option == "rbind")
+}
+
+/// runc makes the first process' working directory if there is none: in the image, or in the folder that is bound there.
+fn make_working_directory(cwd: &Path, root: &Path, mounts: &[Mount]) {
+    let mount = mounts
+        .iter()
+        .filter(|mount| cwd.starts_with(mount.destination()))
+        .max_by_key(|mount| mount.destination().as_os_str().len());
+    let (root, folder) = match mount {
+        None => (root, cwd),
+        Some(mount) => {
+            let inside = cwd.strip_prefix(mount.destination()).unwrap_or(cwd);
+            match mount.source() {
+                Some(source) if is_bind(mount) => (source.as_path(), inside),
+                // It does not exist yet.
+                _ => return,
+            }
+        }
+    };
     let made = Root::open(root)
-        .and_then(|root| root.mkdir_all(process.cwd(), &fs::Permissions::from_mode(0o755)));
+        .and_then(|root| root.mkdir_all(folder, &fs::Permissions::from_mode(0o755)));
     if let Err(error) = made {
-        // It may be in a mount, or the root may be read-only: what matters is whether the process can enter it.
+        // Nothing may be written there: what matters is whether the process can enter it.
         tracing::debug!(%error, "the working directory was not made");
     }
 }
 
-/// The hooks that run in the container's namespaces; the shim has run, or will run, the others on the host.
+/// The hooks that are programs of the container; the shim has run, or will run, those of the host.
 fn guest_hooks(hooks: &Hooks) -> Option<Hooks> {
     let mut kept = Hooks::default();
-    kept.set_create_container(hooks.create_container().clone());
     kept.set_start_container(hooks.start_container().clone());
     (kept != Hooks::default()).then_some(kept)
 }
@@ -451,6 +472,24 @@ mod tests {
         prepare(spec(root.path(), &json!({})), "c1", false, |_| None)
             .expect("a fair specification");
         assert!(root.path().join("work/here").is_dir());
+    }
+
+    #[test]
+    fn working_directory_in_a_bound_folder_is_made_there() {
+        let (root, volume) = (rootfs(), tempfile::tempdir().expect("a folder"));
+        let mounts = json!([
+            { "destination": "/work", "type": "bind", "source": volume.path() },
+            { "destination": "/work/tmp", "type": "tmpfs" },
+        ]);
+        prepare(
+            spec(root.path(), &json!({ "mounts": mounts })),
+            "c1",
+            false,
+            |_| None,
+        )
+        .expect("a fair specification");
+        assert!(volume.path().join("here").is_dir());
+        assert!(!root.path().join("work/here").exists());
     }
 
     #[test]
