@@ -116,8 +116,7 @@ pub(crate) fn divide(
     let hooks = spec
         .hooks_mut()
         .as_mut()
-        .map(take_host_hooks)
-        .unwrap_or_default();
+        .map_or_else(|| Ok(HostHooks::default()), take_host_hooks)?;
     if let Some(process) = spec.process_mut() {
         drop_host_labels(process);
     }
@@ -318,14 +317,21 @@ fn bind(mount: &Mount) -> Result<Bind, Error> {
     })
 }
 
-fn take_host_hooks(hooks: &mut Hooks) -> HostHooks {
+fn take_host_hooks(hooks: &mut Hooks) -> Result<HostHooks, Error> {
+    if let Some([hook, ..]) = hooks.create_container().as_deref() {
+        return Err(Error::UnsupportedSpec(format!(
+            "has {} as createContainer hook, a program of the host that is to run in the container's namespaces, \
+             which are in a guest; a startContainer hook is a program of the container",
+            hook.path().display()
+        )));
+    }
     let prestart = hooks.prestart_mut().take();
-    HostHooks {
+    Ok(HostHooks {
         prestart: prestart.unwrap_or_default(),
         create_runtime: hooks.create_runtime_mut().take().unwrap_or_default(),
         poststart: hooks.poststart_mut().take().unwrap_or_default(),
         poststop: hooks.poststop_mut().take().unwrap_or_default(),
-    }
+    })
 }
 
 /// Gives each namespace of the specification the path that it has in the guest.
@@ -594,8 +600,8 @@ mod tests {
         let hook = |name: &str| json!([{"path": format!("/bin/{name}")}]);
         let divided = divide(
             spec(json!({"hooks": {
-                "prestart": hook("a"), "createRuntime": hook("b"), "createContainer": hook("c"),
-                "startContainer": hook("d"), "poststart": hook("e"), "poststop": hook("f")
+                "prestart": hook("a"), "createRuntime": hook("b"), "startContainer": hook("d"),
+                "poststart": hook("e"), "poststop": hook("f")
             }})),
             "x",
         )
@@ -612,8 +618,15 @@ mod tests {
         assert_eq!(paths(&divided.hooks.poststop), [Path::new("/bin/f")]);
         assert_eq!(
             guest_json(&divided)["hooks"],
-            json!({"createContainer": [{"path": "/bin/c"}], "startContainer": [{"path": "/bin/d"}]})
+            json!({"startContainer": [{"path": "/bin/d"}]})
         );
+    }
+
+    #[test]
+    fn hook_that_is_a_program_of_the_host_in_the_guest_is_refused() {
+        let hooks = json!({"createContainer": [{"path": "/bin/c"}]});
+        let err = divide(spec(json!({"hooks": hooks})), "x").unwrap_err();
+        assert!(err.to_string().contains("/bin/c"), "{err}");
     }
 
     fn mounted(mount: &Value, source: Source) -> Result<Divided, Error> {

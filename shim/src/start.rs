@@ -31,7 +31,7 @@ use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cgroup;
@@ -65,6 +65,9 @@ const LOG_FIFO: &str = "log";
 
 /// Where containerd's ttrpc server for events is.
 const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
+
+/// The name that containerd knows the features of an OCI runtime by; JSON, as all of OCI's.
+const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
 /// The descriptor on which the server finds its socket.
 const SERVER_SOCKET: i32 = 3;
@@ -156,7 +159,32 @@ fn runtime_info() -> RuntimeInfo {
             ..Default::default()
         })
         .into(),
+        features: Some(features()).into(),
         ..Default::default()
+    }
+}
+
+/// What of an OCI configuration is understood (features.md of the runtime specification): clients refuse to ask for what
+/// is not.
+fn features() -> Any {
+    let features = json!({
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": "1.2.0",
+        "hooks": ["prestart", "createRuntime", "startContainer", "poststart", "poststop"],
+        "linux": {
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "uts"],
+            "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},
+            "seccomp": {"enabled": true},
+            "apparmor": {"enabled": false},
+            "selinux": {"enabled": false},
+            "intelRdt": {"enabled": false},
+            "mountExtensions": {"idmap": {"enabled": false}},
+        },
+    });
+    Any {
+        type_url: FEATURES_TYPE.to_owned(),
+        value: features.to_string().into_bytes(),
+        ..Any::default()
     }
 }
 
