@@ -1,6 +1,7 @@
 //! `husk check`: everything that a VM's start depends on, looked at one by one, in the order in which a failure explains
 //! those after it.
 
+mod boot;
 mod cpu;
 mod guest_files;
 mod kvm;
@@ -40,6 +41,11 @@ pub(crate) fn run(config: Option<&Path>) -> Report {
         ],
         None => ["kernel", "initramfs"]
             .map(|subject| Finding::skipped(subject, "the configuration says where it is")),
+    });
+    let can_boot = findings.iter().all(Finding::is_ok);
+    findings.push(match vm {
+        Some(vm) if can_boot => Finding::new("boot", boot::check(vm)),
+        _ => Finding::skipped("boot", "needs all of the above"),
     });
     findings.push(Finding::new(
         "shim",
