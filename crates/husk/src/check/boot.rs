@@ -28,7 +28,9 @@ pub(super) fn check(vm: &husk_config::Vm) -> Result<String, Problem> {
     let (ready, announce) = io::pipe().map_err(|err| failed(&err))?;
     let config = VmConfig {
         vcpus: 1,
+        max_vcpus: 1,
         memory_mib: vm.memory_mib(),
+        max_memory_mib: vm.memory_mib(),
         kernel_params: vm.kernel_params().to_owned(),
         shares: Vec::new(),
         disks: Vec::new(),
