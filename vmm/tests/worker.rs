@@ -294,7 +294,7 @@ fn packets_leave_the_jail_and_come_in() {
         ];
         let mut worker = Worker::spawn();
         let change = |config: &mut VmConfig| {
-            config.vcpus = 2;
+            (config.vcpus, config.max_vcpus) = (2, 2);
             config.nics = nics;
         };
         let booted = worker.boot_with(USE_NETWORK, change, &files);

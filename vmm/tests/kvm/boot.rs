@@ -72,6 +72,7 @@ fn the_devices_are_on_the_pci_bus_and_interrupt() {
              poweroff -f\n",
         ),
         "HUSK 0x0003 virtio_console\nHUSK 0x0004 virtio_rng\nHUSK 0x0013 vmw_vsock_virtio_transport\n\
+         HUSK 0x0005 virtio_balloon\n\
          HUSK random bytes: 512\nHUSK the entropy queue interrupted\n",
     );
 }

@@ -37,7 +37,7 @@ echo HUSK END; poweroff -f
 
 fn guest(vcpus: u8, queue_pairs: u8, vhost: bool) -> Guest {
     let mut guest = Guest::new(EXCHANGE);
-    guest.config.vcpus = vcpus;
+    (guest.config.vcpus, guest.config.max_vcpus) = (vcpus, vcpus);
     let config = NicConfig {
         mac: MAC,
         mtu: 1500,
