@@ -27,9 +27,10 @@ class InstallTest(Case):
             file.write(f"#!/bin/sh\necho \"$@\" >>{self.restarts}\n")
         os.chmod(systemctl, 0o755)
         self.addCleanup(os.remove, systemctl)
-        image = self.ctr("images", "import", ARCHIVE, code=0).out.split()[1]
-        self.addCleanup(self.ctr, "images", "rm", image)
-        self.image = image
+        self.ctr("images", "import", ARCHIVE, code=0)
+        names = self.ctr("images", "ls", "-q", code=0).out.splitlines()
+        self.image = next(name for name in names if name.startswith("husk-installer:"))
+        self.addCleanup(self.ctr, "images", "rm", self.image)
 
     def husk_node(self, verb):
         """Runs the image as the DaemonSet does: privileged, the node's root at /node, the node's processes in sight."""
