@@ -69,6 +69,42 @@ const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 /// The name that containerd knows the features of an OCI runtime by; JSON, as all of OCI's.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
+/// What a mount may be given beside what its file system knows. `rro` is what containerd looks for.
+const MOUNT_OPTIONS: [&str; 32] = [
+    "async",
+    "atime",
+    "bind",
+    "defaults",
+    "dev",
+    "diratime",
+    "dirsync",
+    "exec",
+    "iversion",
+    "mand",
+    "noatime",
+    "nodev",
+    "nodiratime",
+    "noexec",
+    "noiversion",
+    "nomand",
+    "norelatime",
+    "nostrictatime",
+    "nosuid",
+    "private",
+    "rbind",
+    "relatime",
+    "ro",
+    "rprivate",
+    "rro",
+    "rslave",
+    "rw",
+    "slave",
+    "strictatime",
+    "suid",
+    "sync",
+    "unbindable",
+];
+
 /// The descriptor on which the server finds its socket.
 const SERVER_SOCKET: i32 = 3;
 
@@ -171,6 +207,7 @@ fn features() -> Any {
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.2.0",
         "hooks": ["prestart", "createRuntime", "startContainer", "poststart", "poststop"],
+        "mountOptions": MOUNT_OPTIONS,
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "uts"],
             "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},

@@ -234,7 +234,7 @@ impl Vm {
     /// Opens a vsock connection; also returns the host's port of it.
     pub(crate) async fn connect(&self, port: u32) -> Result<(u32, UnixStream), Error> {
         let connected = self.worker.0.connect_vsock(port).await;
-        or_end(connected, &self.end)
+        or_end(connected, &self.end).await
     }
 
     /// Logs how often the vCPUs have left the guest so far, by kind.
@@ -360,7 +360,7 @@ impl Starting {
 
     async fn connect_agent(&self) -> Result<UnixStream, Error> {
         let connected = self.worker.0.connect_vsock(AGENT_PORT).await;
-        or_end(connected, &self.end).map(|(_, stream)| stream)
+        or_end(connected, &self.end).await.map(|(_, stream)| stream)
     }
 
     async fn stop(&self) {
@@ -383,9 +383,11 @@ impl Starting {
 }
 
 /// Where a call to the worker failed because the VM has ended, that is the error.
-fn or_end<T>(result: Result<T, Error>, end: &End) -> Result<T, Error> {
+async fn or_end<T>(result: Result<T, Error>, end: &End) -> Result<T, Error> {
     match (result, end.reason()) {
         (Err(_), Some(reason)) => Err(Error::VmEnded(reason.to_string())),
+        // The worker is ending, and how is about to be known.
+        (Err(Error::WorkerSocket(_)), None) => Err(Error::VmEnded(end.wait().await.to_string())),
         (result, _) => result,
     }
 }
