@@ -206,6 +206,21 @@ def processes():
     return found
 
 
+def workers():
+    """What every thread of the VMs' workers waits for, for the report of a hang."""
+    found = []
+    for pid, line in processes().items():
+        if "vmm-worker" not in line:
+            continue
+        for task in sorted(os.listdir(f"/proc/{pid}/task")):
+            words = []
+            for name in ("comm", "wchan", "syscall", "schedstat"):
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/{name}", encoding="ascii") as file:
+                    words.append(file.read().strip())
+            found.append(f"worker {pid}, thread {task}: {' | '.join(words)}")
+    return "\n".join(found)
+
+
 def children(pid):
     """The pids of the direct children."""
     found = []
@@ -356,8 +371,10 @@ class Case(unittest.TestCase):
         try:
             out, err = process.communicate(source.get("input"), timeout=timeout)
         except subprocess.TimeoutExpired:
+            waiting = workers()
             os.killpg(process.pid, signal.SIGKILL)
             out, err = process.communicate()
+            err += waiting.encode()
             self.record(Result(argv, -1, out, err, time.monotonic() - started))
             self.fail(f"{shlex.join(argv)} was not over after {timeout} s")
         result = self.record(Result(argv, process.returncode, out, err, time.monotonic() - started))

@@ -115,5 +115,5 @@ class Parity(Case):
 
 # Counters that depend on how the kernel was configured, or on what it happened to do, rather than on the runtime: ctr prints
 # none that is zero.
-OPTIONAL = {"thp_fault_alloc", "active_anon", "inactive_anon",
+OPTIONAL = {"thp_fault_alloc", "active_anon", "inactive_anon", "pgactivate",
             "psi", "zswap", "zswapped", "swap_max_usage", "max_usage", "workingset_restore", "swap_limit", "swap_usage"}
