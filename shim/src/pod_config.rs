@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use containerd_shim::protos::protobuf::Message;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use husk_protocol::cri::{DNSConfig, NamespaceMode, PodSandboxConfig};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Mount, Spec};
 use serde_json::{Value, json};
 
 use crate::error::Error;
@@ -110,13 +110,15 @@ impl Described<'_> {
     }
 }
 
-/// Replaces the sources of mounts of a container in the pod `sandbox` that would be files of containerd's, which it has
-/// only for pods that it makes itself, by those in the sandbox's bundle.
+/// Gives a container of the pod `sandbox` the files that are in the sandbox's bundle, if there are any: instead of those
+/// that containerd has only for pods that it makes itself, and where it mounts none.
 pub(crate) fn supply(spec: &mut Spec, sandbox: &str, bundle: &Path) {
-    let Some(mounts) = spec.mounts_mut() else {
+    let files = bundle.join(FILES);
+    if !files.exists() {
         return;
-    };
-    for mount in mounts {
+    }
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for mount in &mut mounts {
         let supplied = mount
             .source()
             .as_deref()
@@ -125,6 +127,22 @@ pub(crate) fn supply(spec: &mut Spec, sandbox: &str, bundle: &Path) {
             mount.set_source(supplied);
         }
     }
+    for name in [HOSTS, HOSTNAME, RESOLV_CONF] {
+        let destination = Path::new("/etc").join(name);
+        if mounts
+            .iter()
+            .all(|mount| *mount.destination() != destination)
+        {
+            let mut mount = Mount::default();
+            mount
+                .set_destination(destination)
+                .set_typ(Some("bind".to_owned()))
+                .set_source(Some(files.join(name)))
+                .set_options(Some(["rbind", "rprivate", "rw"].map(str::to_owned).into()));
+            mounts.push(mount);
+        }
+    }
+    spec.set_mounts(Some(mounts));
 }
 
 fn own_file(source: &Path, sandbox: &str, bundle: &Path) -> Option<PathBuf> {
@@ -302,8 +320,22 @@ mod tests {
             .flatten()
             .map(|mount| mount.source().clone().unwrap())
             .collect();
-        let ours = bundle.path().join("pod/hosts");
-        assert!(ours.exists());
-        assert_eq!(sources, [ours, source("hostname"), "/srv/hosts".into()]);
+        let ours = |name: &str| bundle.path().join("pod").join(name);
+        assert!(ours("hosts").exists());
+        let expected = [
+            ours("hosts"),
+            source("hostname"),
+            "/srv/hosts".into(),
+            ours("resolv.conf"),
+        ];
+        assert_eq!(sources, expected);
+    }
+
+    #[test]
+    fn a_pod_that_containerd_has_made_is_left_alone() {
+        let bundle = tempfile::tempdir().unwrap();
+        let mut spec: Spec = serde_json::from_value(json!({"ociVersion": "1.1.0"})).unwrap();
+        supply(&mut spec, "p", bundle.path());
+        assert_eq!(spec.mounts(), &None);
     }
 }
