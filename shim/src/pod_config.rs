@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use crate::error::Error;
 use crate::pod::{CONTAINER_TYPE, CPU_PERIOD, CPU_QUOTA, MEMORY, SANDBOX_ID};
+use crate::storage::failed;
 
 /// The folder of a bundle in which the files for the pod's containers are.
 const FILES: &str = "pod";
@@ -182,15 +183,6 @@ fn write(path: &Path, content: String) -> Result<(), Error> {
 
 fn create_dir(path: &Path) -> Result<(), Error> {
     std::fs::create_dir_all(path).map_err(failed("create", path))
-}
-
-fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
-    let path = path.to_owned();
-    move |source| Error::Storage {
-        operation,
-        path,
-        source,
-    }
 }
 
 #[cfg(test)]

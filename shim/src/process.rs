@@ -18,8 +18,11 @@ use tokio::sync::watch;
 use crate::error::Error;
 use crate::streams::{Stdio, Streams};
 
+/// SIGKILL, as requests number it.
+pub(crate) const KILL: u32 = 9;
+
 /// Exit status of a process that was killed, or whose VM was.
-pub(crate) const KILLED: u32 = 128 + 9;
+pub(crate) const KILLED: u32 = 128 + KILL;
 
 /// Exit status of an exec that could not be started.
 pub(crate) const NOT_STARTED: u32 = 255;

@@ -217,7 +217,8 @@ fn take_down(mounted: [&PathBuf; 2], points: [&PathBuf; 2]) {
     }
 }
 
-fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+/// For `map_err`: what could not be done with which file or folder.
+pub(crate) fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
     move |source| Error::Storage {
         operation,

@@ -11,7 +11,7 @@ use super::exit::timestamp;
 use crate::container::Container;
 use crate::error::Error;
 use crate::hooks;
-use crate::process::{Exit, Process, ProcessState};
+use crate::process::{Exit, KILL, Process, ProcessState};
 use crate::sandbox::Sandbox;
 
 /// How long the output of a container's first process may take to be read; as in runc's shim.
@@ -22,9 +22,6 @@ const EXEC_DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
 /// How long a process may take to end that was killed before its start.
 const END_LIMIT: Duration = Duration::from_secs(10);
-
-/// SIGKILL.
-const KILL: u32 = 9;
 
 /// What containerd is told.
 #[derive(Debug)]

@@ -11,14 +11,11 @@ use crate::agent::Target;
 use crate::cgroup::PodCgroup;
 use crate::container::Container;
 use crate::error::Error;
-use crate::process::{Exit, KILLED, Process, ProcessState};
+use crate::process::{Exit, KILL, KILLED, Process, ProcessState};
 use crate::sandbox::Sandbox;
 
 /// How long the exits of execs may take to be known after their container's first process has ended.
 const EXECS_LIMIT: Duration = Duration::from_secs(5);
-
-/// SIGKILL.
-const KILL: u32 = 9;
 
 impl Sandbox {
     /// Waits in a task of its own for the end of `process`, records it and publishes it. A process whose VM ends was

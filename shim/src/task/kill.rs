@@ -7,11 +7,8 @@ use log::warn;
 
 use crate::container::Container;
 use crate::error::Error;
-use crate::process::ProcessState;
+use crate::process::{KILL, ProcessState};
 use crate::sandbox::Sandbox;
-
-/// SIGKILL.
-const KILL: u32 = 9;
 
 /// How long a container may outlive SIGKILL: as long as the system calls that its processes are in.
 const OBEY_LIMIT: Duration = Duration::from_secs(30);

@@ -5,10 +5,8 @@ use std::sync::Arc;
 use futures::future::join_all;
 
 use crate::error::Error;
+use crate::process::KILL;
 use crate::sandbox::Sandbox;
-
-/// SIGKILL.
-const KILL: u32 = 9;
 
 impl Sandbox {
     /// Kills every container and waits for their ends, which [`Sandbox::kill`] sees to. May be called more than once.
