@@ -18,12 +18,14 @@ pub enum ConfigError {
         source: io::Error,
     },
     /// The text is not TOML, or has a key that does not exist.
-    #[error("{}:{line}: {message}", origin.display())]
+    #[error("{}:{line}: {}{message}", origin.display(), before(key.as_deref()))]
     NotUnderstood {
         /// The file.
         origin: PathBuf,
         /// The line, counted from one.
         line: usize,
+        /// The key with its table, as in `vm.vcpus`, if the line has or continues one.
+        key: Option<String>,
         /// What the parser said: one line.
         message: String,
     },
@@ -72,9 +74,11 @@ impl<'a> Text<'a> {
     }
 
     pub(crate) fn not_understood(&self, err: &toml::de::Error) -> ConfigError {
+        let line = self.line(err.span());
         ConfigError::NotUnderstood {
             origin: self.origin.to_owned(),
-            line: self.line(err.span()),
+            line,
+            key: self.key(line),
             message: err.message().trim_end().replace('\n', ", "),
         }
     }
@@ -104,6 +108,41 @@ impl<'a> Text<'a> {
             .filter(|&byte| byte == b'\n')
             .count()
     }
+
+    /// The key to which the line belongs. The parser names none, and the text may be no TOML, so this goes by how lines
+    /// look.
+    fn key(&self, line: usize) -> Option<String> {
+        let (mut table, mut key) = ("", "");
+        for text in self.text.lines().take(line) {
+            let text = text.split('#').next().unwrap_or_default().trim();
+            if let Some(header) = text.strip_prefix('[') {
+                table = header.trim_matches(['[', ']', ' ']);
+                key = "";
+            } else if let Some((name, _)) = text.split_once('=') {
+                key = name.trim_end();
+            } else if is_bare_key(text) {
+                key = text;
+            }
+        }
+        match (table, key) {
+            ("", "") => None,
+            ("", one) | (one, "") => Some(one.to_owned()),
+            (table, key) => Some(format!("{table}.{key}")),
+        }
+    }
+}
+
+/// Whether a line is nothing but a key, without its value.
+fn is_bare_key(text: &str) -> bool {
+    !text.is_empty()
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+}
+
+/// A key as the beginning of a message.
+fn before(key: Option<&str>) -> String {
+    key.map_or_else(String::new, |key| format!("{key}: "))
 }
 
 /// A value as TOML, with its own line breaks escaped and its end left out if it is long.

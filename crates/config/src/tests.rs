@@ -58,7 +58,9 @@ fn key_that_is_left_out_has_its_default() {
 fn unknown_key_is_named_with_its_line_and_the_keys_there_are() {
     let err = parse("# Husk\n[vm]\nvcpu = 2\n").unwrap_err();
     assert!(
-        err.starts_with("/etc/husk/husk.toml:3: unknown field `vcpu`, expected one of `kernel`"),
+        err.starts_with(
+            "/etc/husk/husk.toml:3: vm.vcpu: unknown field `vcpu`, expected one of `kernel`"
+        ),
         "{err}"
     );
     assert!(err.contains("`boot_timeout_s`"), "{err}");
@@ -69,7 +71,7 @@ fn unknown_key_is_named_with_its_line_and_the_keys_there_are() {
 fn unknown_table_is_named_with_its_line() {
     let err = parse("\n[storage]\n").unwrap_err();
     assert!(
-        err.starts_with("/etc/husk/husk.toml:2: unknown field `storage`"),
+        err.starts_with("/etc/husk/husk.toml:2: storage: unknown field `storage`"),
         "{err}"
     );
 }
@@ -130,25 +132,37 @@ fn kernel_params_that_would_end_the_command_line_are_refused() {
 }
 
 #[test]
-fn table_with_another_type_is_refused() {
-    let err = parse("vm = 3\n").unwrap_err();
-    assert!(
-        err.starts_with("/etc/husk/husk.toml:1: ") && err.contains("a table of keys"),
-        "{err}"
-    );
-}
-
-#[test]
-fn text_that_is_not_toml_is_one_line_with_its_place() {
-    let err = parse("[vm]\nvcpus = \n").unwrap_err();
-    assert!(err.starts_with("/etc/husk/husk.toml:2: "), "{err}");
-    assert!(!err.contains('\n'), "{err}");
-}
-
-#[test]
-fn key_that_comes_twice_is_refused() {
-    let err = parse("[vm]\nvcpus = 1\nvcpus = 2\n").unwrap_err();
-    assert!(err.starts_with("/etc/husk/husk.toml:3: "), "{err}");
+fn what_is_not_understood_is_one_line_with_its_place_and_its_key() {
+    for (text, beginning) in [
+        // Not TOML.
+        ("[vm]\nvcpus = \n", "2: vm.vcpus: "),
+        ("[vm]\n\nvcpus\n", "3: vm.vcpus: "),
+        ("[vm] # of [all]\nvcpus = two # =\n", "2: vm.vcpus: "),
+        ("[vm]\nkernel = \"/k\n\nvcpus = 2\n", "2: vm.kernel: "),
+        (
+            "[annotations]\nallow = [\n  \"a\" \"b\"\n]\n",
+            "3: annotations.allow: ",
+        ),
+        ("[vm\nvcpus = 1\n", "1: vm: "),
+        ("= 3\n", "1: unquoted keys cannot be empty"),
+        // Twice.
+        ("[vm]\nvcpus = 1\nvcpus = 2\n", "3: vm.vcpus: duplicate key"),
+        ("[vm]\n[network]\n[vm]\n", "3: vm: duplicate key"),
+        // Of another type.
+        (
+            "vm = 3\n",
+            "1: vm: invalid type: integer `3`, expected a table of keys",
+        ),
+        ("[[vm]]\nvcpus = 1\n", "1: vm: "),
+        // Keys that are nested in the line.
+        ("vm.vcpu = 2\n", "1: vm.vcpu: unknown field `vcpu`"),
+        ("vm = { vcpu = 2 }\n", "1: vm: unknown field `vcpu`"),
+    ] {
+        let err = parse(text).unwrap_err();
+        let beginning = format!("/etc/husk/husk.toml:{beginning}");
+        assert!(err.starts_with(&beginning), "{text:?}: {err}");
+        assert!(!err.contains('\n'), "{text:?}: {err}");
+    }
 }
 
 #[test]
