@@ -113,19 +113,62 @@ cached() {
     printf '%s\n' "$dir"
 }
 
-# need_rust - a Rust toolchain, as new as the workspace asks for.
+# build_rust DIR - trixie's Rust for building browsers, which Debian keeps new, made to find the C library and the others that
+# it was linked with. What it builds is linked with this machine's.
+build_rust() {
+    local dir=$1 packages library program place
+    mapfile -t packages < <(
+        apt_for trixie apt-get -o Dir::State::status=/dev/null -s --no-install-recommends install "${RUST_PACKAGES[@]}" |
+            sed -n 's/^Inst \([^ ]*\).*/\1/p' | grep -E '^(zlib1g|lib.*|.*(rust|cargo).*)$' | grep -vE '^lib(c6|gcc|crypt).*-dev$'
+    )
+    unpack_packages "$dir" trixie "${packages[@]}"
+    # It is renamed when it is complete.
+    place=$(rust_folder)
+    for library in "$dir"/usr/lib/x86_64-linux-gnu/*.so*; do
+        # Its own search path comes before that of the program, and leads elsewhere.
+        if [ ! -L "$library" ] && [ -n "$(patchelf --print-rpath "$library" 2>/dev/null)" ]; then
+            patchelf --remove-rpath "$library"
+        fi
+    done
+    for program in cargo cargo-clippy cargo-fmt clippy-driver rustc rustdoc rustfmt; do
+        patchelf --set-interpreter "$place/usr/lib64/ld-linux-x86-64.so.2" \
+            --force-rpath --set-rpath "$place/usr/lib/x86_64-linux-gnu" "$dir/usr/bin/$program"
+    done
+    rm -f "$dir/usr/bin/gencat"
+}
+RUST_PACKAGES=(cargo-web rustc-web rust-web-clippy rustfmt-web)
+
+# rust_folder - where `cached` puts it.
+rust_folder() {
+    printf '%s/rust-%s\n' "$HUSK_CACHE" \
+        "$(hash_of "$(package_version trixie rustc-web)" "$HUSK_CACHE" "${RUST_PACKAGES[*]}" "$(declare -f build_rust)")"
+}
+
+# rust_version - the toolchain's version, if there is one.
+rust_version() {
+    cargo --version 2>/dev/null | cut -d' ' -f2
+}
+
+# need_rust - a Rust toolchain, as new as the workspace asks for; where the machine has none, Debian's, beside what is installed.
 need_rust() {
     # libseccomp, and libbpf with what it needs (the device controller of cgroup v2), are linked into
     # the agent.
     need_packages gcc make libc6-dev pkg-config libseccomp-dev libelf-dev zlib1g-dev
     command -v cargo >/dev/null || PATH=$HOME/.cargo/bin:$PATH
-    command -v cargo >/dev/null ||
-        die "there is no Rust toolchain: install one with rustup (Debian 12's own is too old)"
-    local wanted found
+    local wanted found folder
     wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$HUSK_ROOT/Cargo.toml")
-    found=$(cargo --version | cut -d' ' -f2)
-    dpkg --compare-versions "$found" ge "$wanted" ||
-        die "Rust $found is too old: husk needs $wanted or newer"
+    found=$(rust_version || :)
+    if dpkg --compare-versions "${found:-0}" ge "$wanted"; then
+        return
+    fi
+    say "the machine has ${found:-no} Rust, and husk needs $wanted or newer: using Debian's"
+    need_packages patchelf
+    folder=$(rust_folder)
+    folder=$(cached rust "${folder##*/rust-}" build_rust)
+    PATH=$folder/usr/bin:$PATH
+    found=$(rust_version || :)
+    dpkg --compare-versions "${found:-0}" ge "$wanted" ||
+        die "Debian's Rust ${found:-} is too old: install $wanted or newer with rustup"
 }
 
 # need_rust_component COMPONENT - a part of the toolchain that the smallest installation lacks: clippy, rustfmt.
