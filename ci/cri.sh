@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 #
 # What a node of Kubernetes has beside containerd: crictl (and critest), and plug-ins that give pods a
-# network. Sourced after ci/lib.sh.
+# network; and Kubernetes itself. Sourced after ci/lib.sh.
 
 # Of the releases, the one that fits containerd 2.1 (Kubernetes 1.33 and later), and knows 1.7 as well.
 CRI_TOOLS=v1.34.0
@@ -41,4 +41,29 @@ cni_plugins() {
     dir=$(cached cni-plugins "$(hash_of "$(package_version machine containernetworking-plugins)" \
         "$(declare -f build_cni_plugins)")" build_cni_plugins)
     printf '%s\n' "$dir/usr/lib/cni"
+}
+
+# What ci/kubernetes is, by the names that it is called by.
+KUBERNETES_PROGRAMS='etcd kube-apiserver kube-controller-manager kube-scheduler kubelet kubectl'
+
+# build_kubernetes DIR - what it is built from, and of which version, is in its go.mod and go.sum.
+build_kubernetes() {
+    local dir=$1 source=$HUSK_ROOT/ci/kubernetes version variable name stamp=
+    need_go 1.24.0
+    version=$(sed -n 's/^\tk8s.io\/kubernetes //p' "$source/go.mod")
+    say "building Kubernetes $version"
+    for variable in gitVersion=$version gitMajor=1 "gitMinor=$(cut -d. -f2 <<<"$version")"; do
+        stamp+=" -X k8s.io/component-base/version.$variable"
+    done
+    (cd "$source" && CGO_ENABLED=0 GOFLAGS='-mod=readonly -modcacherw -trimpath -buildvcs=false' \
+        go build -ldflags "-s -w$stamp" -o "$dir/kubernetes" .)
+    for name in $KUBERNETES_PROGRAMS; do
+        ln -s kubernetes "$dir/$name"
+    done
+}
+
+# kubernetes_programs - prints the folder of Kubernetes' programs.
+kubernetes_programs() {
+    cached kubernetes "$(hash_of "$HUSK_ROOT"/ci/kubernetes/* "$KUBERNETES_PROGRAMS" \
+        "$(declare -f build_kubernetes)")" build_kubernetes
 }
