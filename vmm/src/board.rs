@@ -1,9 +1,12 @@
 //! What the guest's processors are connected to: the address spaces with every device of the VM in its place.
 
+mod slots;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -11,13 +14,11 @@ use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
 use crate::bus::Buses;
-use crate::config::{NicConfig, ShareConfig, VmConfig, format_mac};
+use crate::config::{DeviceConfig, ShareConfig, VmConfig};
 use crate::devices::balloon::BalloonDevice;
-use crate::devices::block::{BlockConfig, BlockDevice};
 use crate::devices::console::ConsoleDevice;
 use crate::devices::fs::{FsDevice, Share, Tag};
 use crate::devices::mem::{MemDevice, MemHandle};
-use crate::devices::net::NetDevice;
 use crate::devices::rng::RngDevice;
 use crate::devices::vsock::{VsockConfig, VsockDevice, VsockHandle};
 use crate::end::End;
@@ -26,17 +27,18 @@ use crate::irq::Interrupts;
 use crate::kvm::Hypervisor;
 use crate::layout::{
     ECAM_BASE, ECAM_SIZE, HOTPLUG_GSI, HOTPLUG_PORTS, PCI_WINDOW_32, POWER_PORTS, PVPANIC_PORTS,
-    SERIAL_GSI, SERIAL_PORTS,
+    SERIAL_GSI, SERIAL_PORTS, SLOT_PORTS,
 };
-use crate::pci::{Ecam, MemoryWindow, PciBus, VirtioPci, VirtioPciState};
+use crate::pci::{Ecam, MemoryWindow};
 use crate::platform::hotplug::{HotplugRegisters, HotplugState};
 use crate::platform::power::PowerRegisters;
 use crate::platform::pvpanic::PanicNotifier;
 use crate::platform::serial::{SerialPort, SerialState};
-use crate::snapshot::RestoreError;
-use crate::virtio::VirtioDevice;
 use crate::virtio::worker::ThreadSetup;
 use crate::vmm::NicFiles;
+
+pub(crate) use self::slots::Slots;
+use self::slots::{Made, Site, SlotsState};
 
 /// What the devices are made from.
 #[derive(Debug)]
@@ -63,7 +65,14 @@ pub(crate) struct Parts<'a> {
 pub(crate) struct BoardState {
     serial: SerialState,
     hotplug: HotplugState,
-    functions: Vec<VirtioPciState>,
+    slots: SlotsState,
+}
+
+impl BoardState {
+    /// The devices that were added while the guest ran.
+    pub(crate) fn added(&self) -> impl Iterator<Item = &DeviceConfig> {
+        self.slots.late()
+    }
 }
 
 /// Adds the counters of one device to all.
@@ -75,16 +84,15 @@ pub(crate) struct Board {
     serial: Arc<SerialPort>,
     hotplug: Arc<HotplugRegisters>,
     mem: Option<MemHandle>,
-    pci: Arc<PciBus>,
+    slots: Arc<Slots>,
     vsock: VsockHandle,
-    counters: Vec<Collect>,
 }
 
 impl fmt::Debug for Board {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Board")
             .field("buses", &self.buses)
-            .field("pci", &self.pci)
+            .field("slots", &self.slots)
             .finish_non_exhaustive()
     }
 }
@@ -100,32 +108,41 @@ impl Board {
         let mut buses = Buses::default();
         let (serial, hotplug) = add_platform_devices(&mut buses, &parts, &interrupts)?;
 
-        let mut slots = Slots {
-            bus: PciBus::default(),
-            counters: Vec::new(),
-            memory: parts.memory,
-            interrupts: &interrupts,
+        let site = Site {
+            memory: parts.memory.clone(),
+            interrupts,
             hypervisor: Arc::clone(&parts.hypervisor),
+            setup: parts.setup,
         };
-        let (vsock, mem) = add_virtio_devices(&mut slots, parts, on_ready)?;
-        let counters = slots.counters;
-        let pci = Arc::new(slots.bus);
+        let slots = Slots::new(site, hotplug.interrupt()?);
+        let (vsock, mem) = add_virtio_devices(&slots, parts, on_ready)?;
+        buses.ports.attach(SLOT_PORTS, slots.registers.clone())?;
         buses.mmio.attach(
             ECAM_BASE..ECAM_BASE + ECAM_SIZE,
-            Arc::new(Ecam(Arc::clone(&pci))),
+            Arc::new(Ecam(Arc::clone(&slots.bus))),
         )?;
-        buses
-            .mmio
-            .attach(PCI_WINDOW_32, Arc::new(MemoryWindow(Arc::clone(&pci))))?;
+        buses.mmio.attach(
+            PCI_WINDOW_32,
+            Arc::new(MemoryWindow(Arc::clone(&slots.bus))),
+        )?;
         Ok(Self {
             buses: Arc::new(buses),
             serial,
             hotplug,
             mem,
-            pci,
+            slots: Arc::new(slots),
             vsock,
-            counters,
         })
+    }
+
+    /// Where devices come and go.
+    pub(crate) fn slots(&self) -> &Arc<Slots> {
+        &self.slots
+    }
+
+    /// The first PCI slot for devices that are added later.
+    pub(crate) fn first_late_slot(&self) -> u8 {
+        self.slots.first_late()
     }
 
     /// The way to open connections into the guest.
@@ -148,14 +165,14 @@ impl Board {
 
     /// Stops all devices where they stand. The vCPUs are paused.
     pub(crate) fn pause(&self) {
-        for function in self.pci.functions() {
+        for function in self.slots.bus.functions().values() {
             function.pause();
         }
     }
 
     /// Goes on after [`Self::pause`] or [`Self::restore`].
     pub(crate) fn resume(&self) {
-        for function in self.pci.functions() {
+        for function in self.slots.bus.functions().values() {
             function.resume();
         }
     }
@@ -165,34 +182,15 @@ impl Board {
         BoardState {
             serial: self.serial.save(),
             hotplug: self.hotplug.save(),
-            functions: self
-                .pci
-                .functions()
-                .iter()
-                .map(|function| function.save())
-                .collect(),
+            slots: self.slots.save(),
         }
     }
 
-    /// Puts a state into new devices.
-    pub(crate) fn restore(&self, state: BoardState) -> Result<(), RestoreError> {
-        let functions = self.pci.functions();
-        if state.functions.len() != functions.len() {
-            return Err(RestoreError {
-                device: "PCI bus",
-                reason: format!(
-                    "it has {} functions, not {}",
-                    state.functions.len(),
-                    functions.len()
-                ),
-            });
-        }
+    /// Puts a state into new devices; `added` are the descriptors of those that [`BoardState::added`] names.
+    pub(crate) fn restore(&self, state: BoardState, added: Vec<OwnedFd>) -> Result<(), Error> {
         self.serial.restore(state.serial)?;
         self.hotplug.restore(state.hotplug)?;
-        for (function, state) in functions.iter().zip(state.functions) {
-            function.restore(state)?;
-        }
-        Ok(())
+        self.slots.restore(state.slots, added)
     }
 
     /// Adds every counter, by name.
@@ -208,9 +206,7 @@ impl Board {
         if let Some(mem) = &self.mem {
             mem.collect(into);
         }
-        for collect in &self.counters {
-            collect(into);
-        }
+        self.slots.collect(into);
     }
 }
 
@@ -248,7 +244,7 @@ fn make_fs(share: &ShareConfig, setup: ThreadSetup) -> Result<FsDevice, Error> {
 
 /// Every virtio device of the configuration. Returns the ways to open connections into the guest, and to plug in memory.
 fn add_virtio_devices(
-    slots: &mut Slots<'_>,
+    slots: &Slots,
     parts: Parts<'_>,
     on_ready: impl FnOnce() + Send + 'static,
 ) -> Result<(VsockHandle, Option<MemHandle>), Error> {
@@ -263,43 +259,37 @@ fn add_virtio_devices(
     let console =
         ConsoleDevice::new(parts.console.into(), setup).map_err(|err| broken("console", err))?;
     let metrics = console.metrics();
-    slots.add(console, move |into| metrics.collect(into))?;
+    slots.add(Made::new(console, move |into| metrics.collect(into)))?;
 
     let rng = RngDevice::new(setup).map_err(|err| broken("rng", err))?;
     let metrics = rng.metrics();
-    slots.add(rng, move |into| metrics.collect(into))?;
+    slots.add(Made::new(rng, move |into| metrics.collect(into)))?;
 
     let vsock = VsockConfig::new(config.guest_cid, config.ready_port)
         .and_then(|config| VsockDevice::new(config, on_ready, setup))
         .map_err(|err| broken("vsock", err))?;
     let metrics = vsock.metrics();
     let vsock_handle = vsock.handle();
-    slots.add(vsock, move |into| metrics.collect(into))?;
+    slots.add(Made::new(vsock, move |into| metrics.collect(into)))?;
 
     for share in &config.shares {
         let fs = make_fs(share, setup)?;
         let metrics = fs.metrics();
         let tag = share.tag.clone();
-        slots.add(fs, move |into| metrics.collect(&tag, into))?;
+        slots.add(Made::new(fs, move |into| metrics.collect(&tag, into)))?;
     }
 
     for (disk, file) in config.disks.iter().zip(parts.disks) {
-        let name = format!("block {:?}", disk.serial);
-        let block = BlockConfig::new(disk.serial.clone(), disk.read_only)
-            .and_then(|config| BlockDevice::new(config, file.into(), setup))
-            .map_err(|err| broken(&name, err))?;
-        let metrics = block.metrics();
-        let serial = disk.serial.clone();
-        slots.add(block, move |into| metrics.collect(&serial, into))?;
+        slots.add_disk(disk.clone(), file.into())?;
     }
 
     for (nic, files) in config.nics.iter().zip(parts.nics) {
-        add_nic(slots, nic, files, setup)?;
+        slots.add_nic(nic.clone(), files)?;
     }
 
     let balloon = BalloonDevice::new(setup).map_err(|err| broken("balloon", err))?;
     let metrics = balloon.metrics();
-    slots.add(balloon, move |into| metrics.collect(into))?;
+    slots.add(Made::new(balloon, move |into| metrics.collect(into)))?;
 
     if pluggable.is_empty() {
         return Ok((vsock_handle, None));
@@ -307,49 +297,8 @@ fn add_virtio_devices(
     let mem = MemDevice::new(pluggable, setup).map_err(|err| broken("memory", err))?;
     let metrics = mem.metrics();
     let mem_handle = mem.handle();
-    slots.add(mem, move |into| metrics.collect(into))?;
+    slots.add(Made::new(mem, move |into| metrics.collect(into)))?;
     Ok((vsock_handle, Some(mem_handle)))
-}
-
-fn add_nic(
-    slots: &mut Slots<'_>,
-    config: &NicConfig,
-    files: NicFiles,
-    setup: ThreadSetup,
-) -> Result<(), Error> {
-    let address = format_mac(&config.mac);
-    let net = NetDevice::new(config, files, setup)
-        .map_err(|err| broken(&format!("network ({address})"), err))?;
-    let metrics = net.metrics();
-    slots.add(net, move |into| metrics.collect(&address, into))
-}
-
-/// The PCI bus while it fills.
-struct Slots<'a> {
-    bus: PciBus,
-    counters: Vec<Collect>,
-    memory: &'a GuestMemoryMmap,
-    interrupts: &'a Arc<Interrupts>,
-    hypervisor: Arc<dyn Hypervisor>,
-}
-
-impl Slots<'_> {
-    /// Puts a device into the next slot, and remembers how its counters are read.
-    fn add(
-        &mut self,
-        device: impl VirtioDevice + 'static,
-        collect: impl Fn(&mut BTreeMap<String, u64>) + Send + Sync + 'static,
-    ) -> Result<(), Error> {
-        self.counters.push(Box::new(collect));
-        let function = VirtioPci::new(
-            Box::new(device),
-            self.bus.next_bar(),
-            self.memory.clone(),
-            self.interrupts,
-            Arc::clone(&self.hypervisor),
-        )?;
-        self.bus.add(Arc::new(function))
-    }
 }
 
 fn broken(device: &str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {

@@ -1,6 +1,7 @@
 //! What a VM is made of. It crosses the control socket as JSON; descriptors travel beside it.
 
 use std::collections::BTreeSet;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -75,7 +76,40 @@ pub struct NicConfig {
     pub vhost: bool,
 }
 
-/// Why a [`VmConfig`] cannot be used.
+/// A device that can be added to a VM while it runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceConfig {
+    /// Comes with one descriptor.
+    Disk(DiskConfig),
+    /// Comes with the descriptors that [`NicConfig`] says.
+    Nic(NicConfig),
+}
+
+/// Which device: what the guest knows it by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceId {
+    /// The disk with this serial.
+    Disk {
+        /// [`DiskConfig::serial`].
+        serial: String,
+    },
+    /// The network device with this address.
+    Nic {
+        /// [`NicConfig::mac`].
+        mac: [u8; 6],
+    },
+}
+
+impl fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Disk { serial } => write!(f, "disk {serial:?}"),
+            Self::Nic { mac } => write!(f, "network device {}", format_mac(mac)),
+        }
+    }
+}
+
+/// Why a [`VmConfig`] or a [`DeviceConfig`] cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ConfigError {
     /// A VM has at least one vCPU.
@@ -166,6 +200,16 @@ pub enum ConfigError {
         /// Network devices in the description.
         nics: usize,
     },
+    /// The descriptors beside the description are not those that it names.
+    #[error("a {device} needs {needed} descriptors, but {given} were given")]
+    DeviceFiles {
+        /// What is described.
+        device: DeviceId,
+        /// As the description says.
+        needed: usize,
+        /// Those beside it.
+        given: usize,
+    },
 }
 
 /// Less does not hold a kernel.
@@ -186,6 +230,67 @@ const MAX_QUEUE_PAIRS: u8 = 16;
 /// An address as people write it.
 pub(crate) fn format_mac(mac: &[u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+impl DiskConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let Self { serial, .. } = self;
+        if !(1..=MAX_SERIAL_LEN).contains(&serial.len()) || !serial.is_ascii() {
+            return Err(ConfigError::DiskSerial {
+                serial: serial.clone(),
+            });
+        }
+        Ok(())
+    }
+}
+
+impl DeviceConfig {
+    /// What the guest knows it by.
+    #[must_use]
+    pub fn id(&self) -> DeviceId {
+        match self {
+            Self::Disk(disk) => DeviceId::Disk {
+                serial: disk.serial.clone(),
+            },
+            Self::Nic(nic) => DeviceId::Nic { mac: nic.mac },
+        }
+    }
+
+    /// Descriptors that come with it.
+    #[must_use]
+    pub fn files(&self) -> usize {
+        match self {
+            Self::Disk(_) => 1,
+            Self::Nic(nic) => nic.files(),
+        }
+    }
+
+    /// Checks it alone, and that `given` descriptors are what it needs.
+    pub(crate) fn validate(&self, given: usize) -> Result<(), ConfigError> {
+        match self {
+            Self::Disk(disk) => disk.validate()?,
+            Self::Nic(nic) => nic.validate()?,
+        }
+        let needed = self.files();
+        if given != needed {
+            return Err(ConfigError::DeviceFiles {
+                device: self.id(),
+                needed,
+                given,
+            });
+        }
+        Ok(())
+    }
+
+    /// For a device that has the id of another.
+    pub(crate) fn taken(&self) -> ConfigError {
+        match self {
+            Self::Disk(disk) => ConfigError::DiskSerial {
+                serial: disk.serial.clone(),
+            },
+            Self::Nic(nic) => ConfigError::NicAddress { mac: nic.mac },
+        }
+    }
 }
 
 impl NicConfig {
@@ -252,11 +357,11 @@ impl VmConfig {
             }
         }
         let mut serials = BTreeSet::new();
-        for DiskConfig { serial, .. } in &self.disks {
-            let fits = (1..=MAX_SERIAL_LEN).contains(&serial.len()) && serial.is_ascii();
-            if !fits || !serials.insert(serial) {
+        for disk in &self.disks {
+            disk.validate()?;
+            if !serials.insert(&disk.serial) {
                 return Err(ConfigError::DiskSerial {
-                    serial: serial.clone(),
+                    serial: disk.serial.clone(),
                 });
             }
         }
@@ -362,6 +467,33 @@ mod tests {
         assert!(one(|nic| nic.queue_pairs = 0).is_err());
         assert!(one(|nic| nic.queue_pairs = 16).is_ok());
         assert!(one(|nic| nic.queue_pairs = 17).is_err());
+    }
+
+    #[test]
+    fn devices_that_are_added_are_checked_with_their_descriptors() {
+        let disk = |serial: &str| {
+            DeviceConfig::Disk(DiskConfig {
+                serial: serial.to_owned(),
+                read_only: false,
+            })
+        };
+        let nic = |mtu| {
+            DeviceConfig::Nic(NicConfig {
+                mac: [2, 0, 0, 0, 0, 1],
+                mtu,
+                queue_pairs: 2,
+                vhost: true,
+            })
+        };
+        assert_eq!(disk("a").validate(1), Ok(()));
+        assert_eq!(nic(1500).validate(4), Ok(()));
+        assert!(disk("").validate(1).is_err());
+        assert!(nic(67).validate(4).is_err());
+        assert_eq!(
+            disk("a").validate(2).unwrap_err().to_string(),
+            "a disk \"a\" needs 1 descriptors, but 2 were given"
+        );
+        assert!(nic(1500).validate(2).is_err());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::io::retry_on_intr;
 use rustix::net::{
@@ -20,7 +21,7 @@ use rustix::net::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::config::VmConfig;
+use crate::config::{DiskConfig, NicConfig, VmConfig};
 
 /// Longest message, in bytes.
 pub const MAX_MESSAGE_LEN: usize = 64 * 1024;
@@ -31,6 +32,9 @@ pub const MAX_FDS: usize = 64;
 /// Most descriptors that Linux passes beside one message (SCM_MAX_FD). Room for all of them is made at receipt: were
 /// there less, a peer could make the kernel install descriptors and then report them as cut off.
 const KERNEL_MAX_FDS: usize = 253;
+
+/// How long a guest has to let go of a device.
+pub const REMOVE_LIMIT: Duration = Duration::from_secs(30);
 
 /// What the shim asks, under an id that it chooses and that the reply repeats.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +57,24 @@ pub enum Call {
     },
     /// Changes how large the running VM is, within what its [`VmConfig`] allows.
     Resize(Resize),
+    /// Adds a disk to the running VM; its descriptor is beside the message. The guest finds it by its serial, which no other
+    /// disk may have: the reply, [`Reply::Added`], says that its kernel has been told, not that it is through with it, so
+    /// whoever waits for the disk in the guest waits for the kernel's event. A VM has at most 32 devices in all.
+    AddDisk(DiskConfig),
+    /// Removes a disk that was added. What is not durable on it by then may be lost, so the guest should not use it any more. The
+    /// reply, [`Reply::Removed`], comes when the guest has let go of it and its descriptor is closed; if the guest does not
+    /// within [`REMOVE_LIMIT`], it is an error, and the disk stays.
+    RemoveDisk {
+        /// [`DiskConfig::serial`].
+        serial: String,
+    },
+    /// Adds a network device, as [`Call::AddDisk`] a disk; the descriptors that [`NicConfig`] says are beside the message.
+    AddNic(NicConfig),
+    /// Removes a network device that was added, as [`Call::RemoveDisk`] a disk. Its tap is closed then.
+    RemoveNic {
+        /// [`NicConfig::mac`].
+        mac: [u8; 6],
+    },
     /// Reads every counter.
     Metrics,
 }
@@ -93,6 +115,10 @@ pub enum Reply {
     },
     /// The guest has been told. It follows when it can; the counters `vcpus` and `mem_plugged_bytes` say how far it has.
     Resized,
+    /// The device is there, and the guest has been told.
+    Added,
+    /// The device is gone, and all that it had is closed.
+    Removed,
     /// Counters by name, for example `vcpu_exits_mmio`.
     Metrics(BTreeMap<String, u64>),
 }

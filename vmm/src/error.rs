@@ -4,7 +4,8 @@ use std::io;
 
 use vmm_sys_util::errno;
 
-use crate::config::ConfigError;
+use crate::config::{ConfigError, DeviceId};
+use crate::pci::SLOTS;
 
 /// Why a VM could not be built, started, saved or restored.
 #[derive(Debug, thiserror::Error)]
@@ -179,9 +180,13 @@ pub enum Error {
         source: errno::Error,
     },
 
-    /// More devices than slots of the PCI bus, or more BARs than fit its window.
-    #[error("no place on the PCI bus for one more device")]
+    /// More devices than slots of the PCI bus.
+    #[error("no place on the PCI bus for one more device: a VM has at most {SLOTS}")]
     PciBusFull,
+
+    /// More message-signalled interrupts than KVM routes.
+    #[error("no interrupt for one more device")]
+    NoInterrupt,
 
     /// Two devices claim the same addresses.
     #[error("addresses {base:#x} to {end:#x} are claimed twice")]
@@ -220,9 +225,37 @@ pub enum Error {
         max_memory_mib: u32,
     },
 
-    /// The thread that makes vCPUs is gone.
-    #[error("the thread that makes vCPUs has ended")]
+    /// The thread that makes vCPUs and devices while the guest runs is gone.
+    #[error("the thread that makes vCPUs and devices has ended")]
     WorkshopClosed,
+
+    /// The VM has no such device.
+    #[error("the VM has no {device}")]
+    NoSuchDevice {
+        /// Which.
+        device: DeviceId,
+    },
+
+    /// The VM has the device from the start.
+    #[error("the {device} was there when the VM started, and stays until its end")]
+    DeviceIsFixed {
+        /// Which.
+        device: DeviceId,
+    },
+
+    /// The removal of the device has begun before, and has not ended.
+    #[error("the {device} is being removed already")]
+    RemovalPending {
+        /// Which.
+        device: DeviceId,
+    },
+
+    /// The guest has not let go of the device in time. It stays.
+    #[error("the guest does not let go of the {device}")]
+    NotLetGo {
+        /// Which.
+        device: DeviceId,
+    },
 
     /// A saved state does not fit this VM.
     #[error("the saved state of the VM cannot be restored")]

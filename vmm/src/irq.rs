@@ -51,7 +51,7 @@ impl Interrupts {
             - FIRST_MSI_GSI;
         let gsi = (FIRST_MSI_GSI..last)
             .find(|gsi| !messages.contains_key(gsi))
-            .ok_or(Error::PciBusFull)?;
+            .ok_or(Error::NoInterrupt)?;
         let event = new_event()?;
         messages.insert(gsi, None);
         Ok(MsiInterrupt {

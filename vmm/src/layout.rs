@@ -63,8 +63,10 @@ pub(crate) const PVPANIC_PORTS: Range<u64> = 0x505..0x506;
 /// ACPI sleep control, sleep status and reset registers, one byte each in this order.
 pub(crate) const POWER_PORTS: Range<u64> = 0x600..0x603;
 
-/// Hot-plug: what the guest reads and writes when it hears of one.
+/// Hot-plug of vCPUs: what the guest reads and writes when it hears of one.
 pub(crate) const HOTPLUG_PORTS: Range<u64> = 0x620..0x643;
+/// Hot-plug of devices on the PCI bus: the same.
+pub(crate) const SLOT_PORTS: Range<u64> = 0x650..0x653;
 /// By which it hears: the interrupt of the generic event device.
 pub(crate) const HOTPLUG_GSI: u32 = 5;
 

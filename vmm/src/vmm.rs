@@ -18,7 +18,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::board::{Board, BoardState, Parts};
 use crate::boot::{self, BootSource};
-use crate::config::{ConfigError, NicConfig, VmConfig};
+use crate::config::{ConfigError, DeviceConfig, DeviceId, NicConfig, VmConfig};
 use crate::control::{ExitReason, Resize};
 use crate::devices::vsock::VsockHandle;
 use crate::end::End;
@@ -65,6 +65,8 @@ pub struct RestoreFiles {
     pub disks: Vec<File>,
     /// As [`VmFiles::nics`].
     pub nics: Vec<NicFiles>,
+    /// Those of the devices that were added while it ran, in the order of [`VmState::added`].
+    pub added: Vec<OwnedFd>,
 }
 
 /// How the VM's threads confine themselves.
@@ -74,7 +76,7 @@ pub struct Confinement {
     pub device: ThreadSetup,
     /// For the thread of a vCPU.
     pub vcpu: VcpuSetup,
-    /// For the thread that makes those of later vCPUs, which inherit its confinement and add their own.
+    /// For the thread that makes later vCPUs and devices, whose threads inherit its confinement and add their own.
     pub workshop: VcpuSetup,
 }
 
@@ -93,8 +95,8 @@ pub struct Vmm {
     /// First, so that nothing runs any more when the rest goes. Those with the lowest numbers, as far as there has been
     /// need of them; KVM cannot unmake one.
     vcpus: Mutex<Vec<Vcpu>>,
-    /// Makes the others, in a VM that may have more than it starts with.
-    workshop: Option<Workshop>,
+    /// Makes the others, and devices that come later. Before those, so that it is done with them when they go.
+    workshop: Workshop,
     maker: Arc<VcpuMaker>,
     limits: Limits,
     board: Board,
@@ -132,6 +134,13 @@ pub struct VmState {
     board: BoardState,
 }
 
+impl VmState {
+    /// The devices that were added while the guest ran ([`Vmm::add`]), and were there when it was saved.
+    pub fn added(&self) -> impl Iterator<Item = &DeviceConfig> {
+        self.board.added()
+    }
+}
+
 impl Vmm {
     /// Builds the VM, with everything loaded and the vCPUs paused. `on_ready` is called once, on a thread of the VM, when
     /// the guest connects to its ready port; it must not block.
@@ -164,6 +173,7 @@ impl Vmm {
                 vcpus: config.vcpus,
                 max_vcpus: config.max_vcpus,
                 memory_end: memory::end(&vmm.memory),
+                first_late_slot: vmm.board.first_late_slot(),
             },
         )?;
         // The others wait for the kernel to start them.
@@ -200,7 +210,7 @@ impl Vmm {
         // Its guest has been ready before.
         let vmm = Self::build(config, machine, || (), confinement)?;
         vmm.kvm.restore(&state.kvm)?;
-        vmm.board.restore(state.board)?;
+        vmm.board.restore(state.board, files.added)?;
         for (vcpu, state) in vmm.vcpus().iter().zip(state.vcpus) {
             vcpu.restore(state)?;
         }
@@ -263,13 +273,9 @@ impl Vmm {
         let vcpus = (0..machine.vcpus)
             .map(|index| maker.make(index))
             .collect::<Result<Vec<_>, _>>()?;
-        let may_grow = config.max_vcpus > machine.vcpus;
-        let workshop = may_grow
-            .then(|| Workshop::open(confinement.workshop))
-            .transpose()?;
         Ok(Self {
             vcpus: Mutex::new(vcpus),
-            workshop,
+            workshop: Workshop::open(confinement.workshop)?,
             maker,
             limits: Limits {
                 max_vcpus: config.max_vcpus,
@@ -333,15 +339,52 @@ impl Vmm {
         let mut vcpus = self.vcpus();
         let present = u8::try_from(vcpus.len()).expect("at most max_vcpus");
         for index in present..count {
-            let Some(workshop) = &self.workshop else {
-                break;
-            };
             let maker = Arc::clone(&self.maker);
-            let vcpu = workshop.run(move || maker.make(index))??;
+            let vcpu = self.workshop.run(move || maker.make(index))??;
             vcpu.resume()?;
             vcpus.push(vcpu);
         }
         Ok(())
+    }
+
+    /// Adds a device to the running VM, with the descriptors that its description says. `done` is called, on a thread of the
+    /// VM, when the device is on the bus and the guest has been told, or with the reason why it is not; it must not block.
+    /// It is not called if the VM ends before.
+    ///
+    /// A VM has at most 32 devices in all, those of the start included; a place is free again when [`Self::remove`] is done.
+    ///
+    /// # Errors
+    /// When the thread that makes devices is gone; `done` is not called then.
+    pub fn add(
+        &self,
+        device: DeviceConfig,
+        files: Vec<OwnedFd>,
+        done: impl FnOnce(Result<(), Error>) + Send + 'static,
+    ) -> Result<(), Error> {
+        let slots = Arc::clone(self.board.slots());
+        self.workshop
+            .orders()
+            .post(move || done(slots.plug(device, files)))
+    }
+
+    /// Asks the guest to let go of a device that was added. `done` is called, on a thread of the VM, when it has and the
+    /// device's descriptors are closed, or with an error after [`Self::keep`]; it must not block. It is not called if the
+    /// VM ends before.
+    ///
+    /// # Errors
+    /// When there is no such device, or it has been asked to go already; `done` is not called then.
+    pub fn remove(
+        &self,
+        device: &DeviceId,
+        done: impl FnOnce(Result<(), Error>) + Send + 'static,
+    ) -> Result<(), Error> {
+        let orders = self.workshop.orders();
+        self.board.slots().unplug(device, orders, done)
+    }
+
+    /// Gives up the removal of a device, if the guest has not let go of it by now: it stays, and may be asked to go again.
+    pub fn keep(&self, device: &DeviceId) {
+        self.board.slots().keep(device);
     }
 
     fn vcpus(&self) -> MutexGuard<'_, Vec<Vcpu>> {

@@ -151,6 +151,19 @@ impl Worker {
         );
     }
 
+    /// Adds or removes a device.
+    fn plug(&self, call: Call, files: &[OwnedFd], expected: Reply) {
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        self.ask(2, call, &files);
+        assert_eq!(
+            self.hear(),
+            Message::Reply {
+                id: 2,
+                result: Ok(expected)
+            }
+        );
+    }
+
     /// All that the guest has said, once the worker is gone.
     fn output(self) -> String {
         let Self {
@@ -369,6 +382,74 @@ fn guest_grows_in_the_jail() {
         Message::Event(Event::Exited(ExitReason::PowerOff)),
         "{status}: {output}"
     );
+}
+
+/// Uses what comes.
+const USE_WHAT_COMES: &str = "\
+case $SUBSYSTEM$ACTION in
+blockadd)
+    disk=/dev/${DEVPATH##*/}
+    head -c 9 $disk > /dev/null
+    dd if=/bin/busybox of=$disk bs=64k count=8 conv=fsync 2>/dev/null
+    blkdiscard -l 65536 $disk 2>/dev/null
+    echo HUSK disk $(cat /sys$DEVPATH/serial);;
+netadd)
+    n=$((0x$(cut -d: -f6 /sys$DEVPATH/address)))
+    ip addr add 10.9.$n.2/24 dev $INTERFACE; ifconfig $INTERFACE up promisc allmulti
+    ping -c 1 -s 8000 10.9.$n.1 >/dev/null && echo HUSK nic $n;;
+esac
+";
+
+#[test]
+fn devices_come_and_go_in_the_jail() {
+    if !has_kvm() {
+        return;
+    }
+    net::in_own_network(|| {
+        let mut worker = Worker::spawn();
+        let change = |config: &mut VmConfig| (config.vcpus, config.max_vcpus) = (2, 2);
+        let booted = worker.boot(&support::on_uevent(USE_WHAT_COMES), change);
+        assert_eq!(booted, Ok(Reply::Booted));
+        worker.wait_for("HUSK is up");
+        for turn in 0..2 {
+            let serial = format!("later-{turn}");
+            let disk = DiskConfig {
+                serial: serial.clone(),
+                read_only: false,
+            };
+            let file = file_of(DISK);
+            file.set_len(1 << 20).unwrap();
+            worker.plug(Call::AddDisk(disk), &[file.into()], Reply::Added);
+            worker.wait_for(&format!("HUSK disk {serial}"));
+            worker.plug(Call::RemoveDisk { serial }, &[], Reply::Removed);
+        }
+        for (last, vhost) in [(1, false), (2, true)] {
+            let nic = NicConfig {
+                mac: [2, 0, 0, 0, 0, last],
+                mtu: 1500,
+                queue_pairs: 2,
+                vhost,
+            };
+            let mac = nic.mac;
+            let files = net::open(&format!("tap{last}"), &format!("10.9.{last}.1/24"), &nic);
+            let files: Vec<_> = files.taps.into_iter().chain(files.vhost).collect();
+            worker.plug(Call::AddNic(nic), &files, Reply::Added);
+            worker.wait_for(&format!("HUSK nic {last}"));
+            worker.plug(Call::RemoveNic { mac }, &[], Reply::Removed);
+        }
+        worker.ask(3, Call::RemoveNic { mac: [2; 6] }, &[]);
+        let Message::Reply {
+            id: 3,
+            result: Err(message),
+        } = worker.hear()
+        else {
+            panic!("there is no such device");
+        };
+        assert_eq!(message, "the VM has no network device 02:02:02:02:02:02");
+        rustix::net::shutdown(&worker.control, rustix::net::Shutdown::Both).unwrap();
+        let status = worker.child.wait().unwrap();
+        assert!(status.success(), "{status}");
+    });
 }
 
 #[test]

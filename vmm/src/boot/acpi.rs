@@ -2,6 +2,8 @@
 //! controller, so that the guest probes for none of them.
 
 mod hotplug;
+mod processors;
+mod slots;
 
 use acpi_tables::aml::{self, AddressSpace, AddressSpaceCacheable, EISAName, Path};
 use acpi_tables::fadt::{FADTBuilder, Flags};
@@ -16,12 +18,15 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use self::hotplug::{HotplugController, Processors};
+use self::hotplug::EventDevice;
+use self::processors::{ProcessorController, Processors};
+use self::slots::{SlotController, Slots};
 use crate::error::Error;
 use crate::layout::{
     ACPI_BASE, ACPI_END, ECAM_BASE, ECAM_SIZE, IOAPIC_BASE, LAPIC_BASE, PCI_WINDOW_32, POWER_PORTS,
     PVPANIC_PORTS, SERIAL_GSI, SERIAL_PORTS, pci_window_64,
 };
+use crate::pci::SLOTS;
 use crate::platform::power;
 
 const OEM_ID: [u8; 6] = *b"HUSK  ";
@@ -44,6 +49,8 @@ pub(super) struct Machine {
     pub(super) max_vcpus: u8,
     /// The first address above all memory, including what may be plugged in.
     pub(super) memory_end: u64,
+    /// The first PCI slot into which a device may come later.
+    pub(super) first_late_slot: u8,
 }
 
 /// Writes all tables and returns the address of the RSDP.
@@ -162,17 +169,27 @@ fn dsdt(machine: Machine) -> impl Aml {
     let bridge = HostBridge {
         memory_end: machine.memory_end,
     };
-    let controller = HotplugController {
+    let mut events = EventDevice::default();
+    let processor_controller = ProcessorController {
         max_vcpus: machine.max_vcpus,
     };
     let processors = Processors {
         count: machine.max_vcpus,
     };
+    let late = machine.first_late_slot..SLOTS;
+    let slot_controller = SlotController(late.clone());
+    let slots = Slots(late.clone());
     let mut devices: Vec<&dyn Aml> = vec![&bridge, &EcamReservation, &SerialPort, &PanicNotifier];
     // What cannot change needs no way to hear of changes: the guest has less to look at while it boots.
     if machine.max_vcpus > machine.vcpus {
-        devices.extend([&controller as &dyn Aml, &processors]);
+        devices.extend([&processor_controller as &dyn Aml, &processors]);
+        events.scans.push(processors::SCAN);
     }
+    if !late.is_empty() {
+        devices.extend([&slot_controller as &dyn Aml, &slots]);
+        events.scans.push(slots::SCAN);
+    }
+    devices.push(&events);
     aml::Scope::new("_SB_".into(), devices).to_aml_bytes(&mut content);
     // SLP_TYP for S5, power off; the others are for registers that a hardware-reduced machine does not have.
     aml::Name::new(
@@ -330,6 +347,7 @@ mod tests {
         vcpus: 1,
         max_vcpus: 1,
         memory_end: 256 << 20,
+        first_late_slot: SLOTS,
     };
 
     /// Flags of a local APIC (5.2.12.2).
@@ -427,29 +445,51 @@ mod tests {
             vcpus: 1,
             max_vcpus: u8::MAX,
             memory_end: 1 << 40,
+            first_late_slot: 0,
         });
         assert!(tables.end() <= ACPI_END);
     }
 
     #[test]
     fn hot_plug_is_described_where_something_can_be_plugged() {
-        let dsdt_of = |max_vcpus| {
+        let dsdt_of = |max_vcpus, first_late_slot| {
             let tables = Tables::build(Machine {
                 max_vcpus,
+                first_late_slot,
                 ..MACHINE
             });
             let fadt = find(&tables, b"FACP");
             table_at(&tables, qword(fadt, 140)).to_vec()
         };
         let has = |dsdt: &[u8], what: &[u8]| dsdt.windows(what.len()).any(|seen| seen == what);
-        assert!(!has(&dsdt_of(1), b"ACPI0013"));
-        let dsdt = dsdt_of(3);
-        for what in [b"ACPI0013", b"ACPI0007"] {
-            assert!(has(&dsdt, what));
-        }
-        for what in [b"C000", b"C002", b"P002", b"_EVT", b"_EJ0", b"_MAT"] {
+        let lacks_all = |dsdt: &[u8], what: &[&[u8]]| what.iter().all(|what| !has(dsdt, what));
+        assert!(lacks_all(&dsdt_of(1, SLOTS), &[b"ACPI0013", b"_EJ0"]));
+        let processors: [&[u8]; 8] = [
+            b"ACPI0013",
+            b"ACPI0007",
+            b"C000",
+            b"C002",
+            b"P002",
+            b"_EVT",
+            b"_EJ0",
+            b"_MAT",
+        ];
+        let dsdt = dsdt_of(3, SLOTS);
+        for what in processors {
             assert!(has(&dsdt, what), "{what:?}");
         }
-        assert!(!has(&dsdt, b"C003"));
+        assert!(lacks_all(&dsdt, &[b"C003", b"S031"]));
+        let dsdt = dsdt_of(1, 7);
+        for what in [
+            &b"ACPI0013"[..],
+            b"S007",
+            b"S031",
+            b"_EVT",
+            b"_EJ0",
+            b"_SUN",
+        ] {
+            assert!(has(&dsdt, what), "{what:?}");
+        }
+        assert!(lacks_all(&dsdt, &[b"ACPI0007", b"S006", b"S032"]));
     }
 }

@@ -27,6 +27,8 @@ pub(crate) struct BootSource<'a> {
     pub(crate) max_vcpus: u8,
     /// The first address above all memory, including what may be plugged in.
     pub(crate) memory_end: u64,
+    /// The first PCI slot for devices that are added while the guest runs; the others follow.
+    pub(crate) first_late_slot: u8,
 }
 
 /// Loads everything into `memory`, which is there from the start, and returns the address of the kernel's 64-bit entry point.
@@ -43,6 +45,7 @@ pub(crate) fn load(
             vcpus: source.vcpus,
             max_vcpus: source.max_vcpus,
             memory_end: source.memory_end,
+            first_late_slot: source.first_late_slot,
         },
     )?;
     x86_64::write_boot_params(

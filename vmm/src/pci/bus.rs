@@ -1,15 +1,15 @@
 //! The root bus: finds the function that an access is for.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::config_space::Window;
 use super::transport::{BAR_SIZE, VirtioPci};
 use crate::bus::BusDevice;
-use crate::error::Error;
 use crate::layout::PCI_WINDOW_32;
 
 /// Devices on a bus, each with one function.
-const SLOTS: usize = 32;
+pub(crate) const SLOTS: u8 = 32;
 /// ECAM: bits of an address below the function's number, and below the device's.
 const FUNCTION_SHIFT: u64 = 12;
 const DEVICE_SHIFT: u64 = 15;
@@ -28,30 +28,43 @@ pub(super) trait PciFunction: Send + Sync {
     fn write_window(&self, offset: u64, data: &[u8]);
 }
 
+/// Where the BAR of the function in `slot` goes at first. Linux keeps what it finds there if it fits, and so moves nothing
+/// while it boots.
+pub(crate) fn first_bar(slot: u8) -> u32 {
+    u32::try_from(PCI_WINDOW_32.start).expect("below 4 GiB") + u32::from(slot) * BAR_SIZE
+}
+
 /// The bus. Device 0 is where a host bridge would be; nothing asks for one, so functions start there.
 #[derive(Debug, Default)]
 pub(crate) struct PciBus {
-    functions: Vec<Arc<VirtioPci>>,
+    /// By slot. An access of the guest's holds the lock while it lasts: a function that was taken off the bus is one that
+    /// no vCPU is in.
+    functions: RwLock<BTreeMap<u8, VirtioPci>>,
 }
 
 impl PciBus {
-    /// Puts a function into the next slot.
-    pub(crate) fn add(&mut self, function: Arc<VirtioPci>) -> Result<(), Error> {
-        if self.functions.len() == SLOTS {
-            return Err(Error::PciBusFull);
-        }
-        self.functions.push(function);
-        Ok(())
+    /// Puts a function into an empty slot.
+    pub(crate) fn put(&self, slot: u8, function: VirtioPci) {
+        let before = self.write().insert(slot, function);
+        debug_assert!(before.is_none(), "slot {slot} was empty");
     }
 
-    /// Where the BAR of the next function goes. Linux keeps what it finds there if it fits, and so moves nothing.
-    pub(crate) fn next_bar(&self) -> u32 {
-        let slot = u32::try_from(self.functions.len()).expect("a few slots");
-        u32::try_from(PCI_WINDOW_32.start).expect("below 4 GiB") + slot * BAR_SIZE
+    /// Takes a function off the bus, once no vCPU is in it.
+    pub(crate) fn take(&self, slot: u8) -> Option<VirtioPci> {
+        self.write().remove(&slot)
     }
 
-    pub(crate) fn functions(&self) -> &[Arc<VirtioPci>] {
-        &self.functions
+    /// All functions, by slot. None comes or goes while this is held.
+    pub(crate) fn functions(&self) -> RwLockReadGuard<'_, BTreeMap<u8, VirtioPci>> {
+        self.functions
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<u8, VirtioPci>> {
+        self.functions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -60,30 +73,39 @@ impl PciBus {
 pub(crate) struct Ecam(pub(crate) Arc<PciBus>);
 
 impl Ecam {
-    /// The function and register of an access that does not cross into the next function.
-    fn find(&self, offset: u64, len: usize) -> Option<(&VirtioPci, usize)> {
+    /// Makes an access, which must not cross into the next function. `None` if there is no function.
+    fn access<T>(
+        &self,
+        offset: u64,
+        len: usize,
+        access: impl FnOnce(&VirtioPci, usize) -> T,
+    ) -> Option<T> {
         let register = usize::try_from(offset % (1 << FUNCTION_SHIFT)).ok()?;
         let is_first_function = offset >> FUNCTION_SHIFT & 0x7 == 0;
         if !is_first_function || register + len > 1 << FUNCTION_SHIFT {
             return None;
         }
-        let slot = usize::try_from(offset >> DEVICE_SHIFT).ok()?;
-        Some((self.0.functions.get(slot)?, register))
+        let slot = u8::try_from(offset >> DEVICE_SHIFT).ok()?;
+        let functions = self.0.functions();
+        Some(access(functions.get(&slot)?, register))
     }
 }
 
 impl BusDevice for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        match self.find(offset, data.len()) {
-            Some((function, register)) => function.read_config(register, data),
-            None => data.fill(0xff),
+        let read = self.access(offset, data.len(), |function, register| {
+            function.read_config(register, data);
+        });
+        if read.is_none() {
+            data.fill(0xff);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some((function, register)) = self.find(offset, data.len()) {
+        // What is for no function is lost.
+        let _ = self.access(offset, data.len(), |function, register| {
             function.write_config(register, data);
-        }
+        });
     }
 }
 
@@ -92,26 +114,37 @@ impl BusDevice for Ecam {
 pub(crate) struct MemoryWindow(pub(crate) Arc<PciBus>);
 
 impl MemoryWindow {
-    fn find(&self, offset: u64, len: usize) -> Option<(&VirtioPci, u64)> {
+    /// Makes an access. `None` if no BAR is there.
+    fn access<T>(
+        &self,
+        offset: u64,
+        len: usize,
+        access: impl FnOnce(&VirtioPci, u64) -> T,
+    ) -> Option<T> {
         let address = PCI_WINDOW_32.start + offset;
-        self.0.functions.iter().find_map(|function| {
+        let functions = self.0.functions();
+        let (function, offset) = functions.values().find_map(|function| {
             let offset = function.window().offset_of(address, len)?;
-            Some((function.as_ref(), offset))
-        })
+            Some((function, offset))
+        })?;
+        Some(access(function, offset))
     }
 }
 
 impl BusDevice for MemoryWindow {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        match self.find(offset, data.len()) {
-            Some((function, offset)) => function.read_window(offset, data),
-            None => data.fill(0xff),
+        let read = self.access(offset, data.len(), |function, offset| {
+            function.read_window(offset, data);
+        });
+        if read.is_none() {
+            data.fill(0xff);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some((function, offset)) = self.find(offset, data.len()) {
+        // What is for no BAR is lost.
+        let _ = self.access(offset, data.len(), |function, offset| {
             function.write_window(offset, data);
-        }
+        });
     }
 }

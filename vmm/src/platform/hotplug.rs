@@ -22,10 +22,10 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
+use crate::error::Error;
+use crate::platform::NONE;
 use crate::snapshot::RestoreError;
 
-/// What the registers read that name no vCPU.
-pub(crate) const NONE: u8 = 0xff;
 /// Bytes of the map of those that are there.
 pub(crate) const PRESENT_BYTES: usize = 32;
 
@@ -89,6 +89,11 @@ impl HotplugRegisters {
             }
         }
         self.call(&state);
+    }
+
+    /// A copy of what calls the guest's generic event device, which hears of other news by it too.
+    pub(crate) fn interrupt(&self) -> Result<EventFd, Error> {
+        self.interrupt.try_clone().map_err(Error::EventFd)
     }
 
     /// How many vCPUs the guest has, as far as it has answered.

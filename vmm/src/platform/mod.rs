@@ -5,3 +5,7 @@ pub(crate) mod hotplug;
 pub(crate) mod power;
 pub(crate) mod pvpanic;
 pub(crate) mod serial;
+pub(crate) mod slots;
+
+/// What the registers of hot-plug read that name nothing, or nothing more.
+pub(crate) const NONE: u8 = 0xff;

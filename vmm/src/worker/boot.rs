@@ -9,7 +9,7 @@ use super::inbox::Outlet;
 use super::seccomp::{self, Role, SeccompError};
 use super::service::{Machine, Notice};
 use super::{jail, one_line};
-use crate::config::VmConfig;
+use crate::config::{DeviceConfig, DeviceId, VmConfig};
 use crate::control::{ExitReason, Resize};
 use crate::devices::vsock::{ConnectError, VsockStream};
 use crate::virtio::DeviceType;
@@ -123,6 +123,29 @@ impl Machine for Vmm {
 
     fn resize(&self, size: Resize) -> Result<(), String> {
         self.resize(size).map_err(|err| one_line(&err))
+    }
+
+    fn add(
+        &self,
+        device: DeviceConfig,
+        files: Vec<OwnedFd>,
+        done: impl FnOnce(Result<(), String>) + Send + 'static,
+    ) -> Result<(), String> {
+        let done = |result: Result<_, crate::Error>| done(result.map_err(|err| one_line(&err)));
+        self.add(device, files, done).map_err(|err| one_line(&err))
+    }
+
+    fn remove(
+        &self,
+        device: &DeviceId,
+        done: impl FnOnce(Result<(), String>) + Send + 'static,
+    ) -> Result<(), String> {
+        let done = |result: Result<_, crate::Error>| done(result.map_err(|err| one_line(&err)));
+        self.remove(device, done).map_err(|err| one_line(&err))
+    }
+
+    fn keep(&self, device: &DeviceId) {
+        self.keep(device);
     }
 
     fn metrics(&self) -> BTreeMap<String, u64> {

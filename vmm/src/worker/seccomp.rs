@@ -17,9 +17,9 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch,
 };
 use vhost::vhost_kern::vhost_binding::{
-    VHOST_GET_VRING_BASE, VHOST_NET_SET_BACKEND, VHOST_SET_FEATURES, VHOST_SET_MEM_TABLE,
-    VHOST_SET_VRING_ADDR, VHOST_SET_VRING_BASE, VHOST_SET_VRING_CALL, VHOST_SET_VRING_ERR,
-    VHOST_SET_VRING_KICK, VHOST_SET_VRING_NUM,
+    VHOST_GET_FEATURES, VHOST_GET_VRING_BASE, VHOST_NET_SET_BACKEND, VHOST_SET_FEATURES,
+    VHOST_SET_MEM_TABLE, VHOST_SET_OWNER, VHOST_SET_VRING_ADDR, VHOST_SET_VRING_BASE,
+    VHOST_SET_VRING_CALL, VHOST_SET_VRING_ERR, VHOST_SET_VRING_KICK, VHOST_SET_VRING_NUM,
 };
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
@@ -34,7 +34,8 @@ pub(super) enum Role {
     Vcpu,
     /// The worker of a virtio device.
     Device(DeviceType),
-    /// What makes vCPUs and their threads while the guest runs. Those inherit this filter.
+    /// What makes vCPUs, disks and network devices, and their threads, while the guest runs. Those inherit this filter, so
+    /// that it has to allow all that theirs do.
     Workshop,
 }
 
@@ -89,9 +90,17 @@ fn compile(role: Role) -> Result<BpfProgram, BackendError> {
             allow_ioctls(&mut rules, VCPU_IOCTLS)?;
         }
         Role::Workshop => {
-            allow(&mut rules, VCPU);
-            allow(&mut rules, WORKSHOP);
-            allow_ioctls(&mut rules, &[VCPU_IOCTLS, WORKSHOP_IOCTLS].concat())?;
+            for calls in [VCPU, DEVICE, BLOCK, NET, WORKSHOP] {
+                allow(&mut rules, calls);
+            }
+            let ioctls = [
+                VCPU_IOCTLS,
+                BLOCK_IOCTLS,
+                &net_ioctls(),
+                WORKSHOP_IOCTLS,
+                &device_ioctls(),
+            ];
+            allow_ioctls(&mut rules, &ioctls.concat())?;
             allow_first(&mut rules, libc::SYS_clone, &[THREAD])?;
             allow_first(&mut rules, libc::SYS_prctl, PRCTL_REQUESTS)?;
             allow_first(&mut rules, libc::SYS_seccomp, &[SECCOMP_SET_MODE_FILTER])?;
@@ -231,10 +240,14 @@ const VCPU_IOCTLS: &[u64] = &[
     kvm::<kvm_ioeventfd>(_IOC_WRITE, 0x79),   // KVM_IOEVENTFD
 ];
 
-/// What a thread does before its own filter, and what is done to make one. clone3 is refused by a filter of its own.
+/// What a thread does before its own filter, and what is done to make one; to look at what a disk is. clone3 is refused by a
+/// filter of its own.
 const WORKSHOP: &[i64] = &[
     libc::SYS_capset,
     libc::SYS_clone3,
+    libc::SYS_fstat,
+    libc::SYS_lseek,
+    libc::SYS_newfstatat,
     libc::SYS_rseq,
     libc::SYS_set_robust_list,
 ];
@@ -246,6 +259,19 @@ const WORKSHOP_IOCTLS: &[u64] = &[
     kvm::<kvm_msrs>(_IOC_WRITE, 0x89),        // KVM_SET_MSRS
     kvm::<kvm_cpuid2>(_IOC_WRITE, 0x90),      // KVM_SET_CPUID2
 ];
+
+/// To take the descriptor of a disk, a tap or vhost-net into use.
+fn device_ioctls() -> [u64; 7] {
+    [
+        libc::BLKSSZGET,
+        libc::BLKPBSZGET,
+        libc::TUNGETIFF,
+        libc::TUNSETVNETHDRSZ,
+        libc::TUNSETVNETLE,
+        VHOST_SET_OWNER(),
+        VHOST_GET_FEATURES(),
+    ]
+}
 
 /// The flags of clone(2) by which the C library makes a thread. Without any of them it would be a process.
 const THREAD: u64 = (libc::CLONE_VM

@@ -1,23 +1,46 @@
 //! The main thread of the worker: it boots the VM once, then answers the shim and reports, until either is gone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
-use rustix::event::epoll;
+use rustix::event::{Timespec, epoll};
 
 use super::inbox::{Inbox, Outlet, inbox};
 use super::{WorkerError, one_line};
-use crate::config::VmConfig;
+use crate::config::{DeviceConfig, DeviceId, VmConfig};
 use crate::control::{self, Call, Event, ExitReason, Message, Reply, Request, Resize};
 use crate::devices::vsock::{ConnectError, VsockStream};
 
 /// A VM as this thread sees it. Its descriptor is readable once the VM has ended.
 pub(super) trait Machine: AsFd {
+    /// How long its guest has to let go of a device.
+    const REMOVE_LIMIT: Duration = control::REMOVE_LIMIT;
+
     /// Why it has ended, if it has.
     fn end_reason(&self) -> Option<ExitReason>;
 
     /// Tells the guest how large it shall be. The error is for the shim.
     fn resize(&self, size: Resize) -> Result<(), String>;
+
+    /// Adds a device, and tells `done` how that ended, from any thread. An error, which is for the shim, comes instead.
+    fn add(
+        &self,
+        device: DeviceConfig,
+        files: Vec<OwnedFd>,
+        done: impl FnOnce(Result<(), String>) + Send + 'static,
+    ) -> Result<(), String>;
+
+    /// Asks the guest to let go of a device, and tells `done` when it is gone, from any thread and however late. An error,
+    /// which is for the shim, comes instead.
+    fn remove(
+        &self,
+        device: &DeviceId,
+        done: impl FnOnce(Result<(), String>) + Send + 'static,
+    ) -> Result<(), String>;
+
+    /// Ends a removal that the guest has not answered yet: `done` gets an error.
+    fn keep(&self, device: &DeviceId);
 
     /// All counters.
     fn metrics(&self) -> BTreeMap<String, u64>;
@@ -40,6 +63,20 @@ pub(super) enum Notice {
         id: u64,
         result: Result<VsockStream, ConnectError>,
     },
+    /// The request with this id, to add or remove a device, has come to an end.
+    Answered {
+        id: u64,
+        result: Result<Reply, String>,
+    },
+}
+
+/// A device that the guest has been asked to let go of.
+#[derive(Debug)]
+struct Removal {
+    /// Of the request.
+    id: u64,
+    device: DeviceId,
+    deadline: Instant,
 }
 
 /// Waits for the order to boot, boots by `boot`, and serves until the VM or the shim is gone.
@@ -63,11 +100,12 @@ pub(super) fn run<M: Machine>(
     match boot(&config, files, outlet.clone()) {
         Ok(machine) => {
             shim.reply(id, Reply::Booted, None)?;
-            let service = Service {
+            let mut service = Service {
                 shim,
                 machine,
                 outlet,
                 inbox,
+                removals: VecDeque::new(),
             };
             let result = service.serve();
             // The process ends now, and the VM with it. To take it apart first, binding by binding, is what the shim
@@ -101,18 +139,26 @@ struct Service<M> {
     machine: M,
     outlet: Outlet<Notice>,
     inbox: Inbox<Notice>,
+    /// The first to be given up first.
+    removals: VecDeque<Removal>,
 }
 
 impl<M: Machine> Service<M> {
-    fn serve(&self) -> Result<(), WorkerError> {
+    fn serve(&mut self) -> Result<(), WorkerError> {
         let epoll = self.watch().map_err(|err| WorkerError::Wait(err.into()))?;
         let mut events = Vec::with_capacity(EVENTS_PER_WAIT);
         loop {
             events.clear();
             rustix::io::retry_on_intr(|| {
-                epoll::wait(&epoll, rustix::buffer::spare_capacity(&mut events), None)
+                let limit = self.until_next_deadline();
+                epoll::wait(
+                    &epoll,
+                    rustix::buffer::spare_capacity(&mut events),
+                    limit.as_ref(),
+                )
             })
             .map_err(|err| WorkerError::Wait(err.into()))?;
+            self.give_removals_up();
             let is_due =
                 |source: Source| events.iter().any(|event| event.data.u64() == source as u64);
             if is_due(Source::End)
@@ -126,10 +172,10 @@ impl<M: Machine> Service<M> {
                 self.tell_notices()?;
             }
             if is_due(Source::Shim) {
-                let Some((request, _)) = self.shim.receive()? else {
+                let Some((request, files)) = self.shim.receive()? else {
                     return Ok(());
                 };
-                self.answer(request)?;
+                self.answer(request, files)?;
             }
         }
     }
@@ -148,7 +194,30 @@ impl<M: Machine> Service<M> {
         Ok(epoll)
     }
 
-    fn answer(&self, Request { id, call }: Request) -> Result<(), WorkerError> {
+    fn until_next_deadline(&self) -> Option<Timespec> {
+        let next = self.removals.front()?;
+        let left = next.deadline.saturating_duration_since(Instant::now());
+        // Of milliseconds, as epoll counts: not one too few, which would be a turn for nothing.
+        let left = Duration::from_millis(left.as_micros().div_ceil(1000).try_into().ok()?);
+        Timespec::try_from(left).ok()
+    }
+
+    /// Keeps the devices whose time to go is over. That is answered as any end of a removal.
+    fn give_removals_up(&mut self) {
+        let now = Instant::now();
+        while let Some(removal) = self.removals.front()
+            && removal.deadline <= now
+        {
+            self.machine.keep(&removal.device);
+            self.removals.pop_front();
+        }
+    }
+
+    fn answer(
+        &mut self,
+        Request { id, call }: Request,
+        files: Vec<OwnedFd>,
+    ) -> Result<(), WorkerError> {
         match call {
             Call::Boot(_) => self
                 .shim
@@ -160,6 +229,10 @@ impl<M: Machine> Service<M> {
             Call::Metrics => self
                 .shim
                 .reply(id, Reply::Metrics(self.machine.metrics()), None),
+            Call::AddDisk(disk) => self.add(id, DeviceConfig::Disk(disk), files),
+            Call::AddNic(nic) => self.add(id, DeviceConfig::Nic(nic), files),
+            Call::RemoveDisk { serial } => self.remove(id, DeviceId::Disk { serial }),
+            Call::RemoveNic { mac } => self.remove(id, DeviceId::Nic { mac }),
             // The guest answers when it likes; nobody else waits for that.
             Call::VsockConnect { port } => {
                 let outlet = self.outlet.clone();
@@ -171,10 +244,48 @@ impl<M: Machine> Service<M> {
         }
     }
 
-    fn tell_notices(&self) -> Result<(), WorkerError> {
+    fn add(&self, id: u64, device: DeviceConfig, files: Vec<OwnedFd>) -> Result<(), WorkerError> {
+        let done = self.answers(id, Reply::Added);
+        match self.machine.add(device, files, done) {
+            Ok(()) => Ok(()),
+            Err(message) => self.shim.refuse(id, message),
+        }
+    }
+
+    fn remove(&mut self, id: u64, device: DeviceId) -> Result<(), WorkerError> {
+        let done = self.answers(id, Reply::Removed);
+        if let Err(message) = self.machine.remove(&device, done) {
+            return self.shim.refuse(id, message);
+        }
+        self.removals.push_back(Removal {
+            id,
+            device,
+            deadline: Instant::now() + M::REMOVE_LIMIT,
+        });
+        Ok(())
+    }
+
+    /// What answers the request `id`, from any thread.
+    fn answers(
+        &self,
+        id: u64,
+        reply: Reply,
+    ) -> impl FnOnce(Result<(), String>) + Send + 'static + use<M> {
+        let outlet = self.outlet.clone();
+        move |result| {
+            let result = result.map(|()| reply);
+            outlet.send(Notice::Answered { id, result });
+        }
+    }
+
+    fn tell_notices(&mut self) -> Result<(), WorkerError> {
         for notice in self.inbox.take() {
             match notice {
                 Notice::Ready => self.shim.event(Event::Ready)?,
+                Notice::Answered { id, result } => {
+                    self.removals.retain(|removal| removal.id != id);
+                    self.shim.send(&Message::Reply { id, result }, None)?;
+                }
                 Notice::Connected { id, result } => match result {
                     Ok(VsockStream { local_port, stream }) => self.shim.reply(
                         id,

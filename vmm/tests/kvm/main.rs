@@ -6,6 +6,7 @@ mod ends;
 mod files;
 mod memory;
 mod net;
+mod plug;
 mod probe;
 mod resize;
 mod snapshot;

@@ -50,6 +50,7 @@ fn a_saved_guest_goes_on_in_another_vm() {
             console: output,
             disks: Vec::new(),
             nics: Vec::new(),
+            added: Vec::new(),
         },
         state,
         Confinement::NONE,
@@ -79,6 +80,7 @@ fn a_state_does_not_fit_a_vm_of_another_shape() {
             console: File::from(console),
             disks: Vec::new(),
             nics: Vec::new(),
+            added: Vec::new(),
         };
         Vmm::restore(
             config,

@@ -1,33 +1,39 @@
-//! How the guest hears of vCPUs that come and go: the generic event device (ACPI 6.5, 5.6.9) interrupts, its method asks the
-//! registers of [`crate::platform::hotplug`] what has changed, and notifies the devices concerned. They answer the rest:
-//! `_STA` whether they are there, `_MAT` their local APIC, and `_EJ0` lets go of them.
+//! How the guest hears of what comes and goes: the generic event device (ACPI 6.5, 5.6.9) interrupts, and its method has each
+//! kind of thing looked through. Each has a block of registers, of which one names what has come and one what shall go,
+//! and a method that notifies the devices so named.
 
 use acpi_tables::Aml;
 use acpi_tables::AmlSink;
 use acpi_tables::aml::{
-    self, Arg, BufferData, Device, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
-    FieldUpdateRule, If, Local, Method, MethodCall, Name, NotEqual, Notify, OpRegion,
-    OpRegionSpace, Path, ResourceTemplate, Return, Store, While,
+    self, Arg, Device, Equal, If, Local, Method, MethodCall, Name, NotEqual, Notify, Path,
+    ResourceTemplate, Store, While,
 };
-use acpi_tables::madt::{EnabledStatus, ProcessorLocalApic};
 
-use super::{low_word, port_count};
-use crate::layout::{HOTPLUG_GSI, HOTPLUG_PORTS};
-use crate::platform::hotplug::{NONE, PRESENT_BYTES};
+use crate::layout::HOTPLUG_GSI;
+use crate::platform::NONE;
 
 /// Values of Notify (5.6.6).
 const DEVICE_CHECK: u8 = 1;
 const EJECT_REQUEST: u8 = 3;
-/// `_STA` of a device that is there: present, enabled, shown, working (6.3.7).
-const STATUS_PRESENT: u8 = 0xf;
 
-/// The generic event device, and the registers with the methods that read them.
-pub(super) struct HotplugController {
-    pub(super) max_vcpus: u8,
+/// The generic event device.
+#[derive(Default)]
+pub(super) struct EventDevice {
+    /// The methods that it calls; without any there is no device.
+    pub(super) scans: Vec<&'static str>,
 }
 
-impl Aml for HotplugController {
+impl Aml for EventDevice {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        if self.scans.is_empty() {
+            return;
+        }
+        let calls: Vec<_> = self
+            .scans
+            .iter()
+            .map(|scan| MethodCall::new((*scan).into(), vec![]))
+            .collect();
+        let calls = calls.iter().map(|call| call as &dyn Aml).collect();
         Device::new(
             "GED0".into(),
             vec![
@@ -43,79 +49,48 @@ impl Aml for HotplugController {
                         HOTPLUG_GSI,
                     )]),
                 ),
-                &Method::new(
-                    "_EVT".into(),
-                    1,
-                    true,
-                    vec![&MethodCall::new("\\_SB_.HPLG.SCAN".into(), vec![])],
-                ),
+                &Method::new("_EVT".into(), 1, true, calls),
             ],
         )
         .to_aml_bytes(sink);
+    }
+}
 
-        let base = low_word(HOTPLUG_PORTS.start);
-        let count = port_count(&HOTPLUG_PORTS);
-        Device::new(
-            "HPLG".into(),
+/// The method that notifies everything that two registers name.
+pub(super) struct Scan {
+    pub(super) name: &'static str,
+    /// The register that names what has come.
+    pub(super) come: &'static str,
+    /// The register that names what shall go.
+    pub(super) to_go: &'static str,
+    /// The [`NotifyOne`].
+    pub(super) notify: &'static str,
+}
+
+impl Aml for Scan {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let all = |register, value| NotifyAll {
+            register,
+            notify: self.notify,
+            value,
+        };
+        Method::new(
+            self.name.into(),
+            0,
+            true,
             vec![
-                &Name::new("_HID".into(), &aml::EISAName::new("PNP0A06")),
-                &Name::new("_UID".into(), &"hotplug"),
-                &Name::new(
-                    "_CRS".into(),
-                    &ResourceTemplate::new(vec![&aml::IO::new(base, base, 0, count)]),
-                ),
-                &OpRegion::new("REGS".into(), OpRegionSpace::SystemIO, &base, &count),
-                &self.registers(),
-                &NotifyVcpu {
-                    count: self.max_vcpus,
-                },
-                &Method::new(
-                    "SCAN".into(),
-                    0,
-                    true,
-                    vec![
-                        &NotifyAll {
-                            register: "CINS",
-                            value: DEVICE_CHECK,
-                        },
-                        &NotifyAll {
-                            register: "CREM",
-                            value: EJECT_REQUEST,
-                        },
-                    ],
-                ),
+                &all(self.come, DEVICE_CHECK),
+                &all(self.to_go, EJECT_REQUEST),
             ],
         )
         .to_aml_bytes(sink);
     }
 }
 
-impl HotplugController {
-    /// The layout that [`crate::platform::hotplug`] describes.
-    fn registers(&self) -> Field {
-        let vcpus = usize::from(self.max_vcpus);
-        let mut fields: Vec<_> = (0..self.max_vcpus)
-            .map(|index| FieldEntry::Named(name(b'P', index), 1))
-            .collect();
-        fields.push(FieldEntry::Reserved(PRESENT_BYTES * 8 - vcpus));
-        fields.extend([
-            FieldEntry::Named(*b"CINS", 8),
-            FieldEntry::Named(*b"CREM", 8),
-            FieldEntry::Named(*b"CEJE", 8),
-        ]);
-        Field::new(
-            "REGS".into(),
-            FieldAccessType::Byte,
-            FieldLockRule::NoLock,
-            FieldUpdateRule::WriteAsZeroes,
-            fields,
-        )
-    }
-}
-
-/// Notifies vCPU after vCPU that a register names, until it names none.
+/// Notifies one after the other of those that a register names, until it names none.
 struct NotifyAll {
     register: &'static str,
+    notify: &'static str,
     value: u8,
 }
 
@@ -127,7 +102,7 @@ impl Aml for NotifyAll {
         While::new(
             &NotEqual::new(&Local(0), &NONE),
             vec![
-                &MethodCall::new("CNTF".into(), vec![&Local(0), &self.value]),
+                &MethodCall::new(self.notify.into(), vec![&Local(0), &self.value]),
                 &next,
             ],
         )
@@ -135,81 +110,42 @@ impl Aml for NotifyAll {
     }
 }
 
-/// The method that notifies the vCPU with the number of its first argument of the second.
-struct NotifyVcpu {
-    count: u8,
+/// The method that notifies the device with the number of its first argument of the second.
+pub(super) struct NotifyOne {
+    pub(super) name: &'static str,
+    /// By number.
+    pub(super) devices: Vec<(u8, Path)>,
 }
 
-impl Aml for NotifyVcpu {
+impl Aml for NotifyOne {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        let paths: Vec<_> = (0..self.count).map(vcpu_path).collect();
-        let notify: Vec<_> = paths
+        let tests: Vec<_> = self
+            .devices
             .iter()
-            .map(|path| Notify::new(path, &Arg(1)))
+            .map(|(number, path)| (Equal::new(&Arg(0), number), Notify::new(path, &Arg(1))))
             .collect();
-        let equal: Vec<_> = (0..self.count).collect();
-        let equal: Vec<_> = equal
+        let cases: Vec<_> = tests
             .iter()
-            .map(|index| Equal::new(&Arg(0), index))
-            .collect();
-        let cases: Vec<_> = equal
-            .iter()
-            .zip(&notify)
             .map(|(equal, notify)| If::new(equal, vec![notify]))
             .collect();
         let cases = cases.iter().map(|case| case as &dyn Aml).collect();
-        Method::new("CNTF".into(), 2, true, cases).to_aml_bytes(sink);
+        Method::new(self.name.into(), 2, true, cases).to_aml_bytes(sink);
     }
 }
 
-/// A device for each vCPU that there may be.
-pub(super) struct Processors {
-    pub(super) count: u8,
-}
-
-impl Aml for Processors {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        for index in 0..self.count {
-            processor(index, sink);
-        }
-    }
-}
-
-fn processor(index: u8, sink: &mut dyn AmlSink) {
-    let mut apic = Vec::new();
-    ProcessorLocalApic::new(index, index, EnabledStatus::Enabled).to_aml_bytes(&mut apic);
-    let is_present = path_of("\\_SB_.HPLG.", name(b'P', index));
-    let eject = Path::new("\\_SB_.HPLG.CEJE");
-    let device = path_of("", name(b'C', index));
-    let id = Name::new("_HID".into(), &"ACPI0007");
-    let unique = Name::new("_UID".into(), &index);
-    let there = Return::new(&STATUS_PRESENT);
-    let if_present = If::new(&is_present, vec![&there]);
-    let absent = Return::new(&aml::ZERO);
-    let status = Method::new("_STA".into(), 0, false, vec![&if_present, &absent]);
-    let entry = BufferData::new(apic);
-    let entry = Name::new("_MAT".into(), &entry);
-    let store = Store::new(&eject, &index);
-    let let_go = Method::new("_EJ0".into(), 1, true, vec![&store]);
-    let mut content: Vec<&dyn Aml> = vec![&id, &unique, &status, &entry];
-    // The first vCPU cannot go: Linux runs on it what runs nowhere else.
-    if index != 0 {
-        content.push(&let_go);
-    }
-    Device::new(device, content).to_aml_bytes(sink);
-}
-
-fn vcpu_path(index: u8) -> Path {
-    path_of("\\_SB_.", name(b'C', index))
-}
-
-fn path_of(prefix: &str, name: [u8; 4]) -> Path {
+/// The path of something that [`numbered`] has named.
+pub(super) fn path_of(prefix: &str, name: [u8; 4]) -> Path {
     let name = std::str::from_utf8(&name).expect("a letter and three digits");
     Path::new(&format!("{prefix}{name}"))
 }
 
-/// The name of something of vCPU `index`: a letter and three digits.
-fn name(letter: u8, index: u8) -> [u8; 4] {
+/// A name with a number: a letter and three digits.
+pub(super) fn numbered(letter: u8, number: u8) -> [u8; 4] {
     let digit = |value: u8| b'0' + value % 10;
-    [letter, digit(index / 100), digit(index / 10), digit(index)]
+    [
+        letter,
+        digit(number / 100),
+        digit(number / 10),
+        digit(number),
+    ]
 }

@@ -10,10 +10,20 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::*;
+use crate::config::DiskConfig;
 
 type Done = Box<dyn FnOnce(Result<VsockStream, ConnectError>) + Send>;
+type Plugged = Box<dyn FnOnce(Result<(), String>) + Send>;
+
+/// What the VM is asked about devices.
+enum Plug {
+    Add(DeviceConfig, Vec<OwnedFd>, Plugged),
+    Remove(DeviceId, Plugged),
+    Keep(DeviceId),
+}
 
 struct FakeMachine {
+    plugs: Sender<Plug>,
     end: Arc<(OwnedFd, OnceLock<ExitReason>)>,
     connects: Sender<(u32, Done)>,
 }
@@ -25,6 +35,36 @@ impl AsFd for FakeMachine {
 }
 
 impl Machine for FakeMachine {
+    const REMOVE_LIMIT: Duration = Duration::from_millis(20);
+
+    fn add(
+        &self,
+        device: DeviceConfig,
+        files: Vec<OwnedFd>,
+        done: impl FnOnce(Result<(), String>) + Send + 'static,
+    ) -> Result<(), String> {
+        let plug = Plug::Add(device, files, Box::new(done));
+        self.plugs.send(plug).unwrap();
+        Ok(())
+    }
+
+    fn remove(
+        &self,
+        device: &DeviceId,
+        done: impl FnOnce(Result<(), String>) + Send + 'static,
+    ) -> Result<(), String> {
+        if matches!(device, DeviceId::Nic { mac: [2, ..] }) {
+            return Err("no such thing".into());
+        }
+        let plug = Plug::Remove(device.clone(), Box::new(done));
+        self.plugs.send(plug).unwrap();
+        Ok(())
+    }
+
+    fn keep(&self, device: &DeviceId) {
+        self.plugs.send(Plug::Keep(device.clone())).unwrap();
+    }
+
     fn end_reason(&self) -> Option<ExitReason> {
         self.end.1.get().cloned()
     }
@@ -54,6 +94,7 @@ struct Scene {
     socket: Option<OwnedFd>,
     end: Arc<(OwnedFd, OnceLock<ExitReason>)>,
     connects: Receiver<(u32, Done)>,
+    plugs: Receiver<Plug>,
     outlet: Receiver<Outlet<Notice>>,
     worker: JoinHandle<Result<(), WorkerError>>,
 }
@@ -69,8 +110,10 @@ impl Scene {
         .unwrap();
         let end = Arc::new((eventfd(0, EventfdFlags::CLOEXEC).unwrap(), OnceLock::new()));
         let (connects, connects_seen) = channel();
+        let (plugs, plugs_seen) = channel();
         let (outlet, outlet_seen) = channel();
         let machine = FakeMachine {
+            plugs,
             end: Arc::clone(&end),
             connects,
         };
@@ -85,6 +128,7 @@ impl Scene {
             socket: Some(ours),
             end,
             connects: connects_seen,
+            plugs: plugs_seen,
             outlet: outlet_seen,
             worker,
         }
@@ -100,7 +144,11 @@ impl Scene {
     }
 
     fn ask(&self, id: u64, call: Call) {
-        control::send(self.socket.as_ref().unwrap(), &Request { id, call }, &[]).unwrap();
+        self.ask_with(id, call, &[]);
+    }
+
+    fn ask_with(&self, id: u64, call: Call, fds: &[BorrowedFd<'_>]) {
+        control::send(self.socket.as_ref().unwrap(), &Request { id, call }, fds).unwrap();
     }
 
     fn hear(&self) -> (Message, Vec<OwnedFd>) {
@@ -212,6 +260,90 @@ fn resize_is_answered_by_what_came_of_it() {
     assert_eq!(scene.hear().0, replied(2, Ok(Reply::Resized)));
     scene.ask(3, size(5));
     assert_eq!(scene.hear().0, replied(3, Err("not 5 vCPUs".into())));
+    scene.close().unwrap();
+}
+
+fn disk() -> DiskConfig {
+    DiskConfig {
+        serial: "data".into(),
+        read_only: false,
+    }
+}
+
+fn removal() -> Call {
+    Call::RemoveDisk {
+        serial: "data".into(),
+    }
+}
+
+#[test]
+fn device_is_added_with_its_descriptors_and_delays_nobody() {
+    let (scene, _outlet) = Scene::booted();
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    scene.ask_with(2, Call::AddDisk(disk()), &[writer.as_fd()]);
+    drop(writer);
+    let Plug::Add(device, files, done) = scene.plugs.recv().unwrap() else {
+        panic!("a disk is added");
+    };
+    assert_eq!((device, files.len()), (DeviceConfig::Disk(disk()), 1));
+    scene.ask(3, Call::Metrics);
+    assert!(matches!(scene.hear().0, Message::Reply { id: 3, .. }));
+    std::thread::spawn(|| done(Ok(())));
+    assert_eq!(scene.hear().0, replied(2, Ok(Reply::Added)));
+    drop(files);
+    // To the end: no copy of the descriptor stays with the worker.
+    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    scene.close().unwrap();
+}
+
+#[test]
+fn device_that_cannot_be_added_or_removed_is_told() {
+    let (scene, _outlet) = Scene::booted();
+    scene.ask(2, Call::AddDisk(disk()));
+    let Plug::Add(_, _, done) = scene.plugs.recv().unwrap() else {
+        panic!("a disk is added");
+    };
+    done(Err("full".into()));
+    assert_eq!(scene.hear().0, replied(2, Err("full".into())));
+    scene.ask(3, Call::RemoveNic { mac: [2; 6] });
+    assert_eq!(scene.hear().0, replied(3, Err("no such thing".into())));
+    scene.close().unwrap();
+}
+
+#[test]
+fn removal_is_answered_when_the_guest_has_let_go() {
+    let (scene, _outlet) = Scene::booted();
+    scene.ask(2, removal());
+    let Plug::Remove(device, done) = scene.plugs.recv().unwrap() else {
+        panic!("a disk is removed");
+    };
+    let serial = "data".to_owned();
+    assert_eq!(device, DeviceId::Disk { serial });
+    done(Ok(()));
+    assert_eq!(scene.hear().0, replied(2, Ok(Reply::Removed)));
+    scene.close().unwrap();
+}
+
+#[test]
+fn removal_that_the_guest_does_not_answer_is_given_up() {
+    let (scene, _outlet) = Scene::booted();
+    scene.ask(2, removal());
+    scene.ask(3, Call::RemoveNic { mac: [4; 6] });
+    let mut asked = Vec::new();
+    for _ in 0..2 {
+        let Plug::Remove(device, done) = scene.plugs.recv().unwrap() else {
+            panic!("two devices are removed");
+        };
+        asked.push((device, done));
+    }
+    for (id, (device, done)) in (2..).zip(asked) {
+        let Plug::Keep(kept) = scene.plugs.recv().unwrap() else {
+            panic!("the removal is given up");
+        };
+        assert_eq!(kept, device);
+        done(Err("too late".into()));
+        assert_eq!(scene.hear().0, replied(id, Err("too late".into())));
+    }
     scene.close().unwrap();
 }
 
