@@ -72,11 +72,13 @@ pub(crate) enum Error {
         #[source]
         source: io::Error,
     },
-    #[error("failed to mount rootfs component {component}")]
+    #[error("failed to mount rootfs component {component} ({kind} of {device})")]
     MountRootfs {
         component: usize,
+        kind: String,
+        device: String,
         #[source]
-        source: Box<containerd_shim::Error>,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     #[error("cannot bind {} of the host to {destination} in the container", source_path.display())]
     Bind {

@@ -1,5 +1,6 @@
 //! The root file system: the mounts that containerd hands over, or the bundle's own folder.
 
+use std::io;
 use std::path::{Component, Path};
 
 use containerd_shim::mount::mount_rootfs;
@@ -30,10 +31,22 @@ pub(super) fn mount(mounts: &[Mount], folder: &Path, target: &Path) -> Result<()
         )
         .map_err(|source| Error::MountRootfs {
             component,
-            source: Box::new(source),
+            kind: mount.type_.clone(),
+            device: mount.source.clone(),
+            source: cause(source),
         })?;
     }
     Ok(())
+}
+
+/// What the system said, if it was asked: the rest of that error's text is of the mounting process.
+fn cause(err: containerd_shim::Error) -> Box<dyn std::error::Error + Send + Sync> {
+    match err {
+        containerd_shim::Error::MountError { err, .. } => {
+            io::Error::from_raw_os_error(err as i32).into()
+        }
+        other => other.into(),
+    }
 }
 
 /// `target` relative to `root`, if it cannot lead out of it.
@@ -47,7 +60,27 @@ fn below(root: &Path, target: &str) -> Option<std::path::PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use nix::errno::Errno;
+
     use super::*;
+
+    #[test]
+    fn mount_that_fails_is_named_with_its_cause() {
+        let err = cause(containerd_shim::Error::MountError {
+            context: "Mount Some(\"/dev/sdx\") to /run".to_owned(),
+            err: Errno::EINVAL,
+        });
+        let err = Error::MountRootfs {
+            component: 1,
+            kind: "ext4".to_owned(),
+            device: "/dev/sdx".to_owned(),
+            source: err,
+        };
+        assert_eq!(
+            err.chain(),
+            "failed to mount rootfs component 1 (ext4 of /dev/sdx): invalid argument"
+        );
+    }
 
     #[test]
     fn targets_stay_below_the_root() {
