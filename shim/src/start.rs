@@ -66,6 +66,9 @@ const LOG_FIFO: &str = "log";
 /// Where containerd's ttrpc server for events is.
 const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 
+/// In the server's environment: when `start` began, in milliseconds since the epoch.
+const STARTED: &str = "HUSK_SHIM_STARTED_MS";
+
 /// The name that containerd knows the features of an OCI runtime by; JSON, as all of OCI's.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
@@ -242,6 +245,7 @@ fn print(bytes: &[u8]) -> Result<(), StartError> {
 /// The action `start`, in the bundle's folder: makes sure that a server for the container's group runs, and returns its
 /// address.
 fn start(flags: &Flags) -> Result<String, StartError> {
+    let begin = epoch_ms();
     let options = read_options()?;
     let spec: Value = match fs::read("config.json") {
         Ok(spec) => serde_json::from_slice(&spec).map_err(StartError::ReadSpec)?,
@@ -252,7 +256,7 @@ fn start(flags: &Flags) -> Result<String, StartError> {
     let group = group(&spec).unwrap_or(&flags.id);
     let address = address(flags, group);
     if let Some(socket) = bind(&address)?
-        && let Err(err) = spawn_server(flags, socket, &options)
+        && let Err(err) = spawn_server(flags, socket, &options, begin)
     {
         remove_file(socket_path(&address));
         return Err(err);
@@ -305,7 +309,12 @@ fn bind(address: &str) -> Result<Option<UnixListener>, StartError> {
 }
 
 /// Spawns the server and returns when it serves.
-fn spawn_server(flags: &Flags, socket: UnixListener, options: &Options) -> Result<(), StartError> {
+fn spawn_server(
+    flags: &Flags,
+    socket: UnixListener,
+    options: &Options,
+    begin: u128,
+) -> Result<(), StartError> {
     let (mut word, child_word) = io::pipe().map_err(StartError::Spawn)?;
     let mut child = {
         let mut command = Command::new("/proc/self/exe");
@@ -315,6 +324,7 @@ fn spawn_server(flags: &Flags, socket: UnixListener, options: &Options) -> Resul
             .args(["-id", &flags.id])
             .args(["-address", &flags.address])
             .args(flags.debug.then_some("-debug"))
+            .env(STARTED, begin.to_string())
             .envs((!options.shim_cgroup.is_empty()).then_some((cgroup::CHOSEN, "1")))
             .process_group(0)
             .stdin(Stdio::null())
@@ -492,7 +502,11 @@ async fn serve_until_shutdown(
     server.start().await.map_err(StartError::Serve)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Runtime)?;
     report_ready()?;
-    info!("husk {} serves", env!("CARGO_PKG_VERSION"));
+    info!(
+        "husk {} serves: start={}ms",
+        env!("CARGO_PKG_VERSION"),
+        start_took()
+    );
 
     tokio::select! {
         () = sandbox.wait_shut_down() => {}
@@ -512,6 +526,20 @@ async fn serve_until_shutdown(
         Err(_) => info!("requests are left without an answer"),
     }
     Ok(())
+}
+
+fn epoch_ms() -> u128 {
+    SystemTime::UNIX_EPOCH
+        .elapsed()
+        .map_or(0, |since| since.as_millis())
+}
+
+/// Milliseconds from the beginning of `start`; 0 if nobody says when that was.
+fn start_took() -> u128 {
+    std::env::var(STARTED)
+        .ok()
+        .and_then(|begin| begin.parse().ok())
+        .map_or(0, |begin: u128| epoch_ms().saturating_sub(begin))
 }
 
 /// Tells `start` that the socket is served, and lets go of its pipe.
