@@ -8,6 +8,7 @@ that a failure prints all that was done and answered, and what containerd and th
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import json
 import os
 import pty
@@ -26,6 +27,8 @@ RUNTIMES = {"husk": "io.containerd.husk.v2", "runc": "io.containerd.runc.v2"}
 IMAGE = "husk.test/busybox:latest"
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 CONTAINERD_LOG = "/run/containerd.log"
+CONTAINERD_PID = "/run/containerd/pid"
+CONTAINERD_CONFIG = "/run/containerd/config.toml"
 
 # Long enough for a start under emulation on a busy machine; a hang is still found.
 TIMEOUT_S = 150
@@ -206,6 +209,31 @@ def processes():
     return found
 
 
+def containerd_pid():
+    """The daemon's process, if it runs."""
+    with open(CONTAINERD_PID, encoding="ascii") as file:
+        pid = int(file.read())
+    return pid if processes().get(pid, "").startswith("containerd ") else None
+
+
+def stop_containerd():
+    """Kills the daemon, and nothing else."""
+    pid = containerd_pid()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: pid not in processes(), "containerd to end", timeout=10)
+
+
+def start_containerd(level="debug"):
+    """Starts the daemon again as the node has started it, but for what it logs; returns when it is ready."""
+    with open(CONTAINERD_CONFIG, encoding="utf-8") as file:
+        config = file.read()
+    with open(CONTAINERD_CONFIG, "w", encoding="utf-8") as file:
+        file.write(re.sub(r'(?m)^level = "\w+"$', f'level = "{level}"', config))
+    with open(CONTAINERD_LOG, "ab") as log:
+        subprocess.run([f"{ROOT}/ci/await-ready", CONTAINERD_PID, "containerd", "--config", CONTAINERD_CONFIG],
+                       stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, check=True)
+
+
 def workers():
     """What every thread of the VMs' workers waits for, for the report of a hang."""
     found = []
@@ -259,13 +287,22 @@ def traces():
         sockets = {line.split()[7] for line in file if " 00010000 " in line and len(line.split()) > 7}
     cgroups = {at for at, _, _ in os.walk("/sys/fs/cgroup")} - {"/sys/fs/cgroup/default", "/sys/fs/cgroup/k8s.io"}
     return {
-        "processes": {f"{pid} {line}" for pid, line in processes().items()},
+        # Tests that restart containerd leave another one.
+        "processes": {f"{pid} {line}" for pid, line in processes().items() if not line.startswith("containerd ")},
         "mounts": mounts,
         "cgroups": cgroups,
         "sockets": sockets,
         "network devices": set(os.listdir("/sys/class/net")),
         "files": set().union(*(tree(folder) for folder in FOLDERS)) - standing,
     }
+
+
+def remove_fifos_of_ctr(process):
+    """The fifos of a container or exec, which its client has made and is not there to remove."""
+    for fifo in glob.glob(f"/run/containerd/fifo/*/{process}-*"):
+        os.unlink(fifo)
+        with contextlib.suppress(OSError):  # Not empty yet.
+            os.rmdir(os.path.dirname(fifo))
 
 
 def available_mib():
@@ -416,11 +453,11 @@ class Case(unittest.TestCase):
         """ctr on a terminal."""
         return Terminal(self, ["ctr", *map(str, args)], **kwargs)
 
-    def terminal_container(self, *command, options=(), **kwargs):
+    def terminal_container(self, *command, options=(), runtime=None, **kwargs):
         """`ctr run -t`."""
         name = self.name()
         self.addCleanup(self.remove, name)
-        return self.terminal("run", "--rm", "-t", "--runtime", RUNTIMES[self.runtime], *options, IMAGE, name,
+        return self.terminal("run", "--rm", "-t", "--runtime", RUNTIMES[runtime or self.runtime], *options, IMAGE, name,
                              *command, **kwargs)
 
     def rootfs(self):
@@ -434,9 +471,9 @@ class Case(unittest.TestCase):
             self.ctr("images", "unmount", "--rm", target, code=0)
         return copy
 
-    def run_spec(self, edit, *command, runtime=None, **kwargs):
+    def run_spec(self, edit, *command, runtime=None, name=None, detached=False, **kwargs):
         """Runs a container from ctr's own default specification, changed by `edit(spec)`."""
-        name = self.name()
+        name = name or self.name()
         self.addCleanup(self.remove, name)
         self.ctr("c", "create", IMAGE, name, code=0)
         spec = json.loads(self.ctr("c", "info", "--spec", name, code=0).out)
@@ -448,7 +485,8 @@ class Case(unittest.TestCase):
         path = os.path.join(self.folder, "config.json")
         with open(path, "w", encoding="utf-8") as file:
             json.dump(spec, file)
-        return self.ctr("run", "--rm", "--runtime", RUNTIMES[runtime or self.runtime], "--config", path, name, **kwargs)
+        return self.ctr("run", "-d" if detached else "--rm", "--runtime", RUNTIMES[runtime or self.runtime],
+                        "--config", path, name, **kwargs)
 
     @contextlib.contextmanager
     def nothing_left(self):

@@ -2,7 +2,9 @@
 
 import json
 import re
+import subprocess
 
+import api
 from harness import Case, Events, wait_until
 
 
@@ -64,6 +66,113 @@ class Parity(Case):
             note("rm again", task.ctr("rm"))
         self.compare(script)
 
+    def test_codes_of_the_task_service(self):
+        def script(runtime, note):
+            def say(when, *answers):
+                for answer in answers:
+                    note(when, f"{answer.method} {answer.code}")
+
+            def of_a_process(name, exec_id):
+                of = {} if exec_id is None else {2: exec_id}
+                remove = api.call("Delete", name) if exec_id is None else api.call("DeleteProcess", name, of)
+                return (api.call("Get", name, of), api.call("Start", name, of), api.call("Kill", name, {**of, 3: 0}),
+                        api.call("ResizePty", name, {**of, 3: 80, 4: 24}), api.call("CloseIO", name, {**of, 3: 1}), remove)
+
+            def of_a_task(name):
+                return (api.execute(name, "other", "true"), api.call("Pause", name), api.call("Resume", name),
+                        api.call("ListPids", name), api.update(name, {"pids": {"limit": 1000}}))
+
+            say("no task", *of_a_process("nobody", None), *of_a_process("nobody", "nobody"), *of_a_task("nobody"),
+                api.call("Wait", "nobody"), api.call("Checkpoint", "nobody"))
+            task = self.start(runtime=runtime)
+            say("created twice", api.create(task.name, []))
+            say("running", api.call("Start", task.name), api.call("Resume", task.name), api.call("Delete", task.name),
+                api.call("CloseIO", task.name, {3: 1}))
+            say("no process", *of_a_process(task.name, "nobody"), api.call("Wait", task.name, {2: "nobody"}))
+            say("exec", api.execute(task.name, "one", "sleep", "1000"), api.execute(task.name, "one", "true"),
+                api.call("Get", task.name, {2: "one"}), api.call("Start", task.name, {2: "one"}), api.call("Start", task.name, {2: "one"}),
+                api.call("DeleteProcess", task.name, {2: "one"}), api.call("Kill", task.name, {2: "one", 3: 9}),
+                api.call("Wait", task.name, {2: "one"}), api.call("Kill", task.name, {2: "one", 3: 9}),
+                api.call("Start", task.name, {2: "one"}), api.call("DeleteProcess", task.name, {2: "one"}),
+                api.call("DeleteProcess", task.name, {2: "one"}))
+            say("exec without a program", api.execute(task.name, "none", "/no/such/program"), api.call("Start", task.name, {2: "none"}),
+                api.call("DeleteProcess", task.name, {2: "none"}))
+            say("paused", api.call("Pause", task.name), api.call("Pause", task.name), api.execute(task.name, "two", "true"),
+                api.call("Start", task.name), api.call("Delete", task.name), api.call("ListPids", task.name),
+                api.update(task.name, {"pids": {"limit": 1000}}), api.call("Resume", task.name))
+            # Of a task that was refused nothing: runc's shim of containerd 2.1 dies when one ends that was to start twice.
+            task = self.start(runtime=runtime)
+            say("stopped", api.call("Kill", task.name, {3: 9}), api.call("Wait", task.name), *of_a_task(task.name),
+                *of_a_process(task.name, None))
+            say("deleted", *of_a_process(task.name, None))
+        self.compare(script)
+
+    def test_attach(self):
+        def script(runtime, note):
+            task = self.start("sh", "-c", "while read -r line; do echo got $line; echo err >&2; [ $line = last ] && exit 6; done", runtime=runtime)
+            with subprocess.Popen(["ctr", "task", "attach", task.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, bufsize=0) as process:
+                self.addCleanup(process.kill)
+                for line in b"first\n", b"last\n":
+                    process.stdin.write(line)
+                    note("line", process.stdout.readline().decode())
+                out, err = process.communicate(timeout=60)
+            note("rest", f"{out} {err} {process.returncode}")
+            note("afterwards", str(task.row))
+        self.compare(script)
+
+    def test_terminal(self):
+        def script(runtime, note):
+            terminal = self.terminal_container("sh", runtime=runtime, rows=33, columns=111)
+
+            def run(line):
+                """Has the shell run a line, and notes what that says: the echo of the line depends on when it is typed."""
+                terminal.expect("# ")
+                terminal.type(f"echo beg''in; {line}; echo en''d\n")
+                note(line, re.sub(r"\r+\n", "\n", terminal.expect("(?s)begin(.*?)end")[1].decode()))
+
+            # The first size is set after the start.
+            run("until [ \"$(stty size 2>&-)\" = '33 111' ]; do sleep 0.2; done; stty -a; tty")
+            terminal.resize(40, 120)
+            run("until [ \"$(stty size)\" = '40 120' ]; do sleep 0.2; done; stty size")
+            terminal.expect("# ")
+            terminal.type("trap 'echo cau''ght' INT; echo rea''dy; sleep 1000\n")
+            terminal.expect("ready")
+            terminal.type("\x03")
+            terminal.expect("caught")
+            run("trap - INT")
+            terminal.expect("# ")
+            terminal.type("exit 9\n")
+            note("status", str(terminal.wait()))
+        self.compare(script)
+
+    def test_exec_on_a_terminal(self):
+        def script(runtime, note):
+            task = self.start(runtime=runtime)
+            terminal = self.terminal("task", "exec", "-t", "--exec-id", "shell", "--user", "alice", "--cwd", "/tmp", task.name,
+                                     "sh", "-c", "until [ \"$(stty size 2>&-)\" = '20 90' ]; do sleep 0.2; done; stty -a; tty; id; pwd; env | sort;"
+                                     "read -r line; echo got $line; exit 5", rows=20, columns=90)
+            terminal.expect("PATH=[^\r]*")
+            terminal.type("words\n")
+            note("status", str(terminal.wait()))
+            note("screen", re.sub(r"\r+\n", "\n", terminal.text))
+            note("afterwards", task.exec("echo", "fine"))
+        self.compare(script)
+
+    def test_ps(self):
+        def script(runtime, note):
+            task = self.start("sh", "-c", "sleep 1000 & sleep 1000 & wait", runtime=runtime)
+            self.ctr("task", "exec", "-d", "--exec-id", "extra", task.name, "sleep", "1000", code=0)
+            wait_until(lambda: len(task.ctr("ps").out.splitlines()) == 5, "four processes")
+            header, *rows = task.ctr("ps", code=0).out.splitlines()
+            note("header", header)
+            note("rows", "\n".join(sorted(re.sub(r"^\d+ +", "PID ", row) for row in rows)))
+            note("distinct", str(len({row.split()[0] for row in rows})))
+            task.ctr("kill", "-s", "SIGKILL", code=0)
+            task.wait_for("STOPPED")
+            note("stopped", task.ctr("ps"))
+        self.compare(script)
+
     def test_events_of_a_life(self):
         def script(runtime, note):
             events = Events(self)
@@ -89,6 +198,27 @@ class Parity(Case):
             found.append(shape(json.loads(task.ctr("metrics", "--format", "json", code=0).out)))
         for part in "pids", "cpu", "memory":
             self.assertLessEqual(set(found[0][part]), set(found[1][part]) | OPTIONAL, part)
+
+    def test_metrics_have_the_same_meaning(self):
+        def script(runtime, note):
+            task = self.start("sh", "-c", "dd if=/dev/zero of=/dev/shm/x bs=1M count=20 2>/dev/null; sleep 1000; true", runtime=runtime,
+                              options=["--memory-limit", str(64 << 20)])
+            wait_until(lambda: "sleep" in task.exec("ps").out, "dd to end")
+
+            def metrics():
+                return json.loads(task.ctr("metrics", "--format", "json", code=0).out)
+            before = metrics()
+            task.exec("sh", "-c", "i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done", code=0)
+            after = metrics()
+            note("limit", str(after["memory"]["usage_limit"]))
+            # Of 20 MiB and what a shell, a sleep and the kernel for them take.
+            note("usage is that of the processes", str(20 << 20 < after["memory"]["usage"] < 32 << 20))
+            note("shared memory", str(after["memory"]["shmem"]))
+            note("processes", str(after["pids"]))
+            spent = after["cpu"]["usage_usec"] - before["cpu"]["usage_usec"]
+            parts = sum(after["cpu"][part] - before["cpu"][part] for part in ("user_usec", "system_usec"))
+            note("processor time grows by the sum of its parts", str(spent > 0 and abs(spent - parts) <= 2))
+        self.compare(script)
 
     def test_what_a_container_sees(self):
         # Left out here is what differs for a reason: docs/src/getting-started.md, "What differs from runc".

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 
+import api
 from harness import IMAGE, RUNTIMES, Case, Events, Task, wait_until
 
 
@@ -41,6 +42,22 @@ class TaskTest(Case):
         self.assertEqual(lines[0].split(), ["PID", "INFO"])
         pids = [int(line.split()[0]) for line in lines[1:]]
         self.assertEqual(len(set(pids)), 3)
+
+    def test_ps_numbers_them_as_their_kernel_does(self):
+        # A container without a PID namespace of its own sees these numbers.
+        def edit(spec):
+            spec["linux"]["namespaces"] = [namespace for namespace in spec["linux"]["namespaces"] if namespace["type"] != "pid"]
+            spec["mounts"].append({"destination": "/data", "type": "bind", "source": self.folder, "options": ["rbind", "rw"]})
+
+        task = Task(self, self.name())
+        self.run_spec(edit, "sh", "-c", "sleep 1000 & echo $$ $! >/data/new; mv /data/new /data/pids; wait",
+                      name=task.name, detached=True, code=0)
+        path = os.path.join(self.folder, "pids")
+        wait_until(lambda: os.path.exists(path), "the processes to run")
+        with open(path, encoding="ascii") as file:
+            pids = set(map(int, file.read().split()))
+        listed = [line.split()[0] for line in task.ctr("ps", code=0).out.splitlines()[1:]]
+        self.assertEqual(set(map(int, listed)), pids)
 
     def test_exec_answers_with_output_and_status(self):
         task = self.start()
@@ -130,6 +147,21 @@ class TaskTest(Case):
         self.assertEqual(metrics["pids"]["current"], 2)
         self.assertGreater(metrics["cpu"]["usage_usec"], 0)
 
+    def test_update_reaches_the_cgroup(self):
+        task = self.start(options=["--memory-limit", str(64 << 20), "--mount",
+                                   "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro:nosuid:noexec:nodev"])
+        allocate = ("dd", "if=/dev/zero", "of=/dev/null", "bs=80M", "count=1")
+        self.assertEqual(task.exec(*allocate).code, 137)
+        self.assertEqual(api.update(task.name, {"memory": {"limit": 128 << 20}, "pids": {"limit": 33},
+                                                "cpu": {"quota": 25000, "period": 100000}}).code, "OK")
+        self.assertEqual(task.exec(*allocate).code, 0)
+        out = task.exec("sh", "-c", "cd /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup) && cat memory.max pids.max cpu.max", code=0).out
+        self.assertEqual(out.splitlines(), [str(128 << 20), "33", "25000 100000"])
+        # What is not named stays.
+        self.assertEqual(api.update(task.name, {"pids": {"limit": 44}}).code, "OK")
+        metrics = json.loads(task.ctr("metrics", "--format", "json", code=0).out)
+        self.assertEqual((metrics["memory"]["usage_limit"], metrics["pids"]["limit"]), (128 << 20, 44))
+
     def test_checkpoint_is_refused_by_name(self):
         if self.runtime != "husk":
             self.skipTest("runc checkpoints with CRIU, if that is there")
@@ -195,5 +227,18 @@ class TaskTest(Case):
         program = f"containerd-shim-{self.runtime}-v2"
         out = subprocess.run([program, "-v"], capture_output=True, text=True, check=True).stdout
         self.assertRegex(out, re.compile(rf"{program}:?\s*\n\s+Version:\s+\S+", re.MULTILINE))
+
+    def test_shim_informs_about_itself(self):
+        if self.runtime != "husk":
+            self.skipTest("runc's shim of containerd 1.6 has no such flag")
+        # containerd.runtime.v1.RuntimeInfo: name, version, options, features.
+        out = subprocess.run(["containerd-shim-husk-v2", "-info"], stdin=subprocess.DEVNULL, capture_output=True, check=True).stdout
+        info = api.fields(out)
+        self.assertEqual(info[1], b"io.containerd.husk.v2")
+        version = subprocess.run(["containerd-shim-husk-v2", "-v"], capture_output=True, text=True, check=True).stdout
+        self.assertIn(f"Version:  {api.fields(info[2])[1].decode()}\n", version)
+        kind, features = api.fields(info[4]).values()
+        self.assertEqual(kind, b"types.containerd.io/opencontainers/runtime-spec/1/features/Features")
+        self.assertTrue(json.loads(features)["linux"]["seccomp"]["enabled"])
 
 
