@@ -113,6 +113,7 @@ impl Board {
             interrupts,
             hypervisor: Arc::clone(&parts.hypervisor),
             setup: parts.setup,
+            max_vcpus: parts.config.max_vcpus,
         };
         let slots = Slots::new(site, hotplug.interrupt()?);
         let (vsock, mem) = add_virtio_devices(&slots, parts, on_ready)?;

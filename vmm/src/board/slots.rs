@@ -71,6 +71,8 @@ pub(super) struct Site {
     pub(super) hypervisor: Arc<dyn Hypervisor>,
     /// Confines the thread of a device.
     pub(super) setup: ThreadSetup,
+    /// The most that the VM may have.
+    pub(super) max_vcpus: u8,
 }
 
 /// The state of all devices on the bus.
@@ -126,12 +128,12 @@ impl Slots {
 
     /// Puts a disk of the start into the next slot.
     pub(super) fn add_disk(&self, config: DiskConfig, file: OwnedFd) -> Result<(), Error> {
-        self.add(make_disk(config, file, self.site.setup)?)
+        self.add(self.site.make_disk(config, file)?)
     }
 
     /// Puts a network device of the start into the next slot.
     pub(super) fn add_nic(&self, config: NicConfig, files: NicFiles) -> Result<(), Error> {
-        self.add(make_nic(config, files, self.site.setup)?)
+        self.add(self.site.make_nic(config, files)?)
     }
 
     /// The first slot that none of the devices of the start has, before the others come.
@@ -259,7 +261,7 @@ impl Slots {
         if self.lock().values().any(|slot| slot.id() == id) {
             return Err(config.taken().into());
         }
-        self.put(slot, make(config, files, self.site.setup)?, true)
+        self.put(slot, self.site.make(config, files)?, true)
     }
 
     fn put(&self, slot: u8, made: Made, is_late: bool) -> Result<(), Error> {
@@ -316,45 +318,48 @@ impl Slots {
     }
 }
 
-/// Makes a device from a description that was checked with its descriptors.
-fn make(config: DeviceConfig, files: Vec<OwnedFd>, setup: ThreadSetup) -> Result<Made, Error> {
-    let mut files = files.into_iter();
-    match config {
-        DeviceConfig::Disk(disk) => {
-            let file = files.next().expect("one was counted");
-            make_disk(disk, file, setup)
-        }
-        DeviceConfig::Nic(nic) => {
-            let taps = files.by_ref().take(nic.queue_pairs.into()).collect();
-            let vhost = files.collect();
-            make_nic(nic, NicFiles { taps, vhost }, setup)
+impl Site {
+    /// Makes a device from a description that was checked with its descriptors.
+    fn make(&self, config: DeviceConfig, files: Vec<OwnedFd>) -> Result<Made, Error> {
+        let mut files = files.into_iter();
+        match config {
+            DeviceConfig::Disk(disk) => {
+                let file = files.next().expect("one was counted");
+                self.make_disk(disk, file)
+            }
+            DeviceConfig::Nic(nic) => {
+                let taps = files.by_ref().take(nic.queue_pairs.into()).collect();
+                let vhost = files.collect();
+                self.make_nic(nic, NicFiles { taps, vhost })
+            }
         }
     }
-}
 
-fn make_disk(config: DiskConfig, file: OwnedFd, setup: ThreadSetup) -> Result<Made, Error> {
-    let serial = config.serial.clone();
-    let block = BlockConfig::new(serial.clone(), config.read_only)
-        .and_then(|config| BlockDevice::new(config, file, setup))
-        .map_err(|err| broken(&format!("block {serial:?}"), err))?;
-    let metrics = block.metrics();
-    let collect = move |into: &mut _| metrics.collect(&serial, into);
-    Ok(Made {
-        config: Some(DeviceConfig::Disk(config)),
-        ..Made::new(block, collect)
-    })
-}
+    fn make_disk(&self, config: DiskConfig, file: OwnedFd) -> Result<Made, Error> {
+        let serial = config.serial.clone();
+        let block = BlockConfig::new(serial.clone(), config.read_only)
+            .map(|config| config.for_vcpus(self.max_vcpus))
+            .and_then(|config| BlockDevice::new(config, file, self.setup))
+            .map_err(|err| broken(&format!("block {serial:?}"), err))?;
+        let metrics = block.metrics();
+        let collect = move |into: &mut _| metrics.collect(&serial, into);
+        Ok(Made {
+            config: Some(DeviceConfig::Disk(config)),
+            ..Made::new(block, collect)
+        })
+    }
 
-fn make_nic(config: NicConfig, files: NicFiles, setup: ThreadSetup) -> Result<Made, Error> {
-    let address = format_mac(&config.mac);
-    let net = NetDevice::new(&config, files, setup)
-        .map_err(|err| broken(&format!("network ({address})"), err))?;
-    let metrics = net.metrics();
-    let collect = move |into: &mut _| metrics.collect(&address, into);
-    Ok(Made {
-        config: Some(DeviceConfig::Nic(config)),
-        ..Made::new(net, collect)
-    })
+    fn make_nic(&self, config: NicConfig, files: NicFiles) -> Result<Made, Error> {
+        let address = format_mac(&config.mac);
+        let net = NetDevice::new(&config, files, self.setup)
+            .map_err(|err| broken(&format!("network ({address})"), err))?;
+        let metrics = net.metrics();
+        let collect = move |into: &mut _| metrics.collect(&address, into);
+        Ok(Made {
+            config: Some(DeviceConfig::Nic(config)),
+            ..Made::new(net, collect)
+        })
+    }
 }
 
 #[cfg(test)]

@@ -37,6 +37,7 @@ impl Scene {
             interrupts: Interrupts::new(hypervisor.clone()),
             hypervisor: hypervisor.clone(),
             setup: |_| Ok(()),
+            max_vcpus: 1,
         };
         let slots = Slots::new(site, EventFd::new(libc::EFD_NONBLOCK).unwrap());
         slots.add_disk(config("first"), file()).unwrap();

@@ -1,5 +1,6 @@
-//! The driver sends requests in one queue, each a header, data and a byte for the status; the device answers them in
-//! order. The backend is a descriptor of a regular file or a block device, read and written on the device's own thread.
+//! The driver sends requests in one queue or several, each a header, data and a byte for the status; the device answers those
+//! of a queue in order. The backend is a descriptor of a regular file or a block device, read and written on the device's own
+//! threads, one for each queue, so that requests of different processors do not wait for one another.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,16 +16,19 @@ use super::request::{
 };
 use super::worker::{BlockWorker, Terms};
 use crate::snapshot::{RestoreError, Snapshot};
-use crate::virtio::queue::{QueueError, take_queues};
+use crate::virtio::queue::{QueueError, Virtqueue, take_queue};
 use crate::virtio::worker::{ThreadSetup, Worker};
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, read_config_space,
 };
 
-/// Index of the only queue.
+/// Index of the first queue; the others follow.
 pub const REQUEST_QUEUE: u16 = 0;
 
-const QUEUE_SIZES: [u16; 1] = [256];
+/// Most queues of a disk: each costs a thread, and that many keep any disk busy.
+pub const MAX_QUEUES: u8 = 4;
+
+const QUEUE_SIZE: u16 = 256;
 
 /// Most buffers of data in one request: as many as fit the queue beside header and status.
 const SEG_MAX: u32 = 254;
@@ -34,6 +38,7 @@ const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
 const F_TOPOLOGY: u64 = 1 << 10;
+const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
@@ -62,10 +67,11 @@ pub enum BlockError {
 pub struct BlockConfig {
     serial: String,
     read_only: bool,
+    queues: u8,
 }
 
 impl BlockConfig {
-    /// A disk that the guest knows by `serial`, and may write to unless `read_only`.
+    /// A disk that the guest knows by `serial`, and may write to unless `read_only`. It has one queue.
     ///
     /// # Errors
     /// When the serial number is empty, too long, or not printable ASCII.
@@ -74,7 +80,18 @@ impl BlockConfig {
         if serial.is_empty() || serial.len() > ID_LEN || !printable {
             return Err(BlockError::Serial { serial });
         }
-        Ok(Self { serial, read_only })
+        Ok(Self {
+            serial,
+            read_only,
+            queues: 1,
+        })
+    }
+
+    /// With a queue for each of a guest's `vcpus`, as far as there may be that many.
+    #[must_use]
+    pub fn for_vcpus(mut self, vcpus: u8) -> Self {
+        self.queues = vcpus.clamp(1, MAX_QUEUES);
+        self
     }
 
     /// The serial number.
@@ -88,16 +105,18 @@ impl BlockConfig {
 pub struct BlockDevice {
     config: BlockConfig,
     geometry: Geometry,
-    worker: Worker<BlockWorker>,
+    queue_sizes: Vec<u16>,
+    /// One for each queue.
+    workers: Vec<Worker<BlockWorker>>,
     storage: Arc<dyn Storage>,
     metrics: Arc<BlockMetrics>,
 }
 
 impl BlockDevice {
-    /// Makes the device and its thread. `disk` is open for reading, and for writing unless read-only.
+    /// Makes the device and its threads. `disk` is open for reading, and for writing unless read-only.
     ///
     /// # Errors
-    /// When the descriptor is no disk, or the thread cannot be made.
+    /// When the descriptor is no disk, or a thread cannot be made.
     pub fn new(config: BlockConfig, disk: OwnedFd, setup: ThreadSetup) -> Result<Self, BlockError> {
         let (disk, geometry) = Disk::new(disk).map_err(BlockError::Disk)?;
         Self::with_storage(config, Arc::new(disk), geometry, setup)
@@ -109,10 +128,15 @@ impl BlockDevice {
         geometry: Geometry,
         setup: ThreadSetup,
     ) -> Result<Self, BlockError> {
+        let workers = (0..config.queues)
+            .map(|_| Worker::spawn("block", DeviceType::Block, setup))
+            .collect::<Result<_, _>>()
+            .map_err(BlockError::Start)?;
         Ok(Self {
+            queue_sizes: vec![QUEUE_SIZE; config.queues.into()],
             config,
             geometry,
-            worker: Worker::spawn("block", DeviceType::Block, setup).map_err(BlockError::Start)?,
+            workers,
             storage,
             metrics: Arc::default(),
         })
@@ -149,6 +173,7 @@ impl BlockDevice {
             .max(1);
         put(24, &[ratio.ilog2().to_le_bytes()[0], 0]);
         put(26, &u16::try_from(ratio).unwrap_or(1).to_le_bytes());
+        put(34, &u16::from(self.config.queues).to_le_bytes());
         if !self.config.read_only {
             put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
             put(40, &MAX_DISCARD_SEGMENTS.to_le_bytes());
@@ -177,8 +202,11 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn features(&self) -> u64 {
-        let common =
+        let mut common =
             F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+        if self.config.queues > 1 {
+            common |= F_MQ;
+        }
         if self.config.read_only {
             common | F_RO
         } else {
@@ -187,7 +215,7 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -204,23 +232,48 @@ impl VirtioDevice for BlockDevice {
             discard: agreed & F_DISCARD != 0,
             write_zeroes: agreed & F_WRITE_ZEROES != 0,
         };
-        let interrupt = Arc::clone(&activation.interrupt);
-        let [queue] = take_queues(activation, [REQUEST_QUEUE])?;
-        let storage = Arc::clone(&self.storage);
-        let serve = BlockWorker::new(queue, storage, terms, Arc::clone(&self.metrics));
-        self.worker.start(serve, interrupt)
+        let Activation {
+            memory,
+            mut queues,
+            interrupt,
+            ..
+        } = activation;
+        let memory = Arc::new(memory);
+        // Without MQ the driver knows of one queue (5.2.5).
+        let known = if agreed & F_MQ == 0 { 1 } else { MAX_QUEUES };
+        let indices = REQUEST_QUEUE..REQUEST_QUEUE + u16::from(known);
+        for (worker, index) in self.workers.iter_mut().zip(indices) {
+            let Some(queue) = take_queue(&mut queues, index) else {
+                if index == REQUEST_QUEUE {
+                    return Err(ActivateError::MissingQueue { index });
+                }
+                // The driver does without it.
+                continue;
+            };
+            let queue = Virtqueue::new(queue, Arc::clone(&memory), Arc::clone(&interrupt));
+            let serve = BlockWorker::new(
+                queue,
+                Arc::clone(&self.storage),
+                terms.clone(),
+                Arc::clone(&self.metrics),
+            );
+            worker.start(serve, Arc::clone(&interrupt))?;
+        }
+        Ok(())
     }
 
     fn pause(&mut self) -> Vec<ActiveQueue> {
-        self.worker
-            .stop()
+        self.workers
+            .iter_mut()
+            .filter_map(Worker::stop)
             .map(BlockWorker::into_queue)
-            .into_iter()
             .collect()
     }
 
     fn reset(&mut self) {
-        self.worker.stop();
+        for worker in &mut self.workers {
+            worker.stop();
+        }
     }
 }
 
@@ -236,6 +289,8 @@ pub struct BlockState {
     pub sectors: u64,
     /// Bytes that are addressed together.
     pub logical_block: u32,
+    /// How many queues there are.
+    pub queues: u8,
 }
 
 impl Snapshot for BlockDevice {
@@ -247,6 +302,7 @@ impl Snapshot for BlockDevice {
             read_only: self.config.read_only,
             sectors: self.geometry.sectors,
             logical_block: self.geometry.logical_block,
+            queues: self.config.queues,
         }
     }
 

@@ -1,6 +1,7 @@
 //! The block device (virtio 1.3, 5.2): a disk in a regular file or a block device of the host. One queue,
-//! [`REQUEST_QUEUE`]. Configuration space: capacity, block sizes and the limits of DISCARD and WRITE_ZEROES. Features:
-//! FLUSH, SEG_MAX, BLK_SIZE, TOPOLOGY and indirect descriptors; RO, or else DISCARD and WRITE_ZEROES.
+//! [`REQUEST_QUEUE`], or up to [`MAX_QUEUES`] from it on. Configuration space: capacity, block sizes, number of queues and the
+//! limits of DISCARD and WRITE_ZEROES. Features: FLUSH, SEG_MAX, BLK_SIZE, TOPOLOGY, indirect descriptors, MQ with several
+//! queues; RO, or else DISCARD and WRITE_ZEROES.
 
 mod device;
 mod disk;
@@ -10,5 +11,5 @@ mod request;
 mod tests;
 mod worker;
 
-pub use device::{BlockConfig, BlockDevice, BlockError, BlockState, REQUEST_QUEUE};
+pub use device::{BlockConfig, BlockDevice, BlockError, BlockState, MAX_QUEUES, REQUEST_QUEUE};
 pub use metrics::BlockMetrics;

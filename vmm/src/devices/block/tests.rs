@@ -29,6 +29,7 @@ const WRITE_ZEROES: u32 = 13;
 
 const F_RO: u64 = 1 << 5;
 const F_FLUSH: u64 = 1 << 9;
+const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 
@@ -448,6 +449,62 @@ fn paused_device_goes_on_and_its_state_fits_the_same_disk_only() {
     let disk = guest.file.try_clone().unwrap().into();
     let mut read_only = BlockDevice::new(config(true), disk, |_| Ok(())).unwrap();
     assert!(read_only.restore(state).is_err());
+}
+
+/// Sends a write of one sector through a queue.
+fn write_through(driver: &mut Driver, queue: u16, sector: u64, fill: u8) -> u8 {
+    let used = driver.request(queue, &[&header(OUT, sector), &[fill; 512]], &[1]);
+    used.bytes[0]
+}
+
+#[test]
+fn every_queue_is_served_and_each_without_the_others() {
+    let mut file = file();
+    let disk = file.try_clone().unwrap();
+    let config = config(false).for_vcpus(3);
+    let mut device = BlockDevice::new(config.clone(), disk.into(), |_| Ok(())).unwrap();
+    let mut count = [0; 2];
+    device.read_config(34, &mut count);
+    assert_eq!(count, [3, 0]);
+    assert_ne!(device.features() & F_MQ, 0);
+    let mut driver = Driver::activate(&mut device);
+    for queue in [2_u16, 0, 1, 2] {
+        let fill = queue.to_le_bytes()[0] + 1;
+        assert_eq!(write_through(&mut driver, queue, queue.into(), fill), OK);
+    }
+    // What one queue has written, another reads and makes durable.
+    assert_eq!(read(&mut driver, 2, 512, 512).unwrap(), vec![3; 512]);
+    assert_eq!(send(&mut driver, FLUSH, 0, &[]), OK);
+    let mut bytes = vec![0; 3 * 512];
+    file.rewind().unwrap();
+    file.read_exact(&mut bytes).unwrap();
+    assert_eq!(bytes, [[1; 512], [2; 512], [3; 512]].concat());
+
+    let mut queues = device.pause();
+    assert_eq!(queues.len(), 3);
+    let state = device.save();
+    let disk = file.try_clone().unwrap();
+    let mut other = BlockDevice::new(self::config(false), disk.into(), |_| Ok(())).unwrap();
+    assert!(other.restore(state).is_err(), "it has one queue");
+    // A driver that does without the last.
+    queues.retain(|queue| queue.index != 2);
+    driver.reactivate(&mut device, queues);
+    assert_eq!(write_through(&mut driver, 1, 5, 9), OK);
+    device.reset();
+    assert!(device.pause().is_empty());
+}
+
+#[test]
+fn driver_without_several_queues_has_the_first() {
+    let config = config(false).for_vcpus(200);
+    let mut device = BlockDevice::new(config, file().into(), |_| Ok(())).unwrap();
+    assert_eq!(device.queue_max_sizes().len(), 4);
+    let features = device.features() & !F_MQ;
+    let mut driver = Driver::activate_with(&mut device, features);
+    assert_eq!(send(&mut driver, OUT, 0, &[&[3; 512]]), OK);
+    assert_eq!(device.pause().len(), 1);
+    let one = BlockDevice::new(self::config(false), file().into(), |_| Ok(())).unwrap();
+    assert_eq!(one.features() & F_MQ, 0);
 }
 
 #[test]
