@@ -1,12 +1,15 @@
 """What a kubelet does with pods, done by crictl."""
 
 import concurrent.futures
+import contextlib
+import json
 import os
 import re
+import socket
 import urllib.request
 
 from cri import PodCase
-from harness import TIMEOUT_S, wait_until
+from harness import TIMEOUT_S, Terminal, wait_until
 
 MIB = 1 << 20
 
@@ -56,6 +59,41 @@ class Crictl(PodCase):
                 return None
 
         self.assertEqual(wait_until(answer, "an answer from the host's port"), b"through\n")
+
+    def test_a_port_is_forwarded_to_the_pods_localhost(self):
+        pod = self.pod()
+        pod.start("sh", "-c", "mkdir /www; echo through >/www/index.html; exec httpd -f -p 127.0.0.1:8080 -h /www")
+        forwarding = Terminal(self, ["crictl", "port-forward", pod.id, "18081:8080", "18083:9"])
+        forwarding.expect("Forwarding from 127.0.0.1:18083 -> 9")
+
+        def answer():
+            with contextlib.suppress(OSError), urllib.request.urlopen("http://127.0.0.1:18081/", timeout=30) as page:
+                return page.read()
+
+        self.assertEqual(wait_until(answer, "an answer from the forwarded port"), b"through\n")
+        with socket.create_connection(("127.0.0.1", 18083), timeout=30) as client:
+            self.assertEqual(client.recv(1), b"")
+        forwarding.expect("(?i)error.*port 9 ")
+
+    def test_connections_in_the_pods_namespace_half_close_and_refuse(self):
+        pod = self.pod()
+        server = pod.start("nc", "-ll", "-p", "9000", "-e", "wc", "-c")
+        wait_until(lambda: ":2328 " in server.exec("cat", "/proc/net/tcp", "/proc/net/tcp6").out, "the server to listen")
+        namespaces = json.loads(self.crictl("inspectp", pod.id, code=0).out)["info"]["runtimeSpec"]["linux"]["namespaces"]
+        (path,) = [each["path"] for each in namespaces if each["type"] == "network"]
+
+        def client(port):
+            # Sends, ends its side, and says what came back.
+            program = ("import socket\n"
+                       f"s = socket.create_connection(('127.0.0.1', {port}), 60)\n"
+                       "s.sendall(bytes(3000000)); s.shutdown(socket.SHUT_WR)\n"
+                       "print(s.recv(100).decode(), end='')")
+            return self.command("nsenter", f"--net={path}", "python3", "-c", program)
+
+        self.assertEqual(client(9000).out, "3000000")
+        refused = client(9)
+        self.assertNotEqual(refused.code, 0)
+        self.assertRegex(refused.err, "Connection (reset|refused)|Broken pipe")
 
     def test_a_config_map_is_updated_at_once(self):
         # As the kubelet's atomic writer does it: the keys are links through `..data`, which is replaced by renaming.

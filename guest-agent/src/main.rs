@@ -10,6 +10,7 @@ mod container;
 mod creator;
 mod devices;
 mod error;
+mod forward;
 mod hotplug;
 mod init;
 mod launch;
@@ -33,7 +34,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use husk_protocol::{AGENT_PORT, STREAM_PORT};
+use husk_protocol::{AGENT_PORT, FORWARD_PORT, STREAM_PORT};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
 use container::Containers;
@@ -93,6 +94,7 @@ async fn serve(level: &str, started: Instant) -> Result<()> {
         .await
         .context("starting the service")?;
     tokio::spawn(streams.serve(listen(STREAM_PORT)?));
+    tokio::spawn(forward::serve(listen(FORWARD_PORT)?));
     let reaping = tokio::spawn(reaper.run(signals));
     let events = hotplug::Events::listen().context("listening to the kernel's events")?;
     tokio::spawn(events.serve());

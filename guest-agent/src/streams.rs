@@ -74,14 +74,8 @@ impl Streams {
     /// Takes connections for as long as the agent lives.
     pub(crate) async fn serve(self: Arc<Self>, listener: VsockListener) {
         loop {
-            match listener.accept().await {
-                Ok((stream, peer)) if peer.cid() == husk_protocol::HOST_CID => {
-                    self.arrived(peer.port(), Box::new(stream));
-                }
-                // A process of the guest has no business here.
-                Ok((_, peer)) => tracing::warn!(%peer, "refused a stream that is not the host's"),
-                Err(error) => tracing::error!(%error, "a stream was not accepted"),
-            }
+            let (stream, port) = accept(&listener).await;
+            self.arrived(port, Box::new(stream));
         }
     }
 
@@ -233,6 +227,20 @@ async fn copy(source: &mut (impl AsyncRead + Unpin), sink: &mut (impl AsyncWrite
     while let Ok(count) = source.read(&mut buffer).await {
         if count == 0 || sink.write_all(&buffer[..count]).await.is_err() {
             return;
+        }
+    }
+}
+
+/// The host's next connection, and its port of it.
+pub(crate) async fn accept(listener: &VsockListener) -> (VsockStream, u32) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) if peer.cid() == husk_protocol::HOST_CID => {
+                return (stream, peer.port());
+            }
+            // A process of the guest has no business here.
+            Ok((_, peer)) => tracing::warn!(%peer, "refused a stream that is not the host's"),
+            Err(error) => tracing::error!(%error, "a stream was not accepted"),
         }
     }
 }

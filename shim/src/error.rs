@@ -121,6 +121,8 @@ pub(crate) enum Error {
         #[source]
         source: NetworkError,
     },
+    #[error("port forwarding")]
+    Forward(#[source] io::Error),
     #[error("cannot start the VM's worker process")]
     SpawnWorker(#[source] io::Error),
     #[error("cannot speak with the VM's worker process")]
@@ -191,6 +193,7 @@ impl Error {
             | Self::Hook { .. }
             | Self::GuestFile { .. }
             | Self::Network { .. }
+            | Self::Forward(_)
             | Self::SpawnWorker(_)
             | Self::WorkerSocket(_)
             | Self::WorkerProtocol { .. }

@@ -369,7 +369,16 @@ impl Starting {
         self.end.wait().await;
     }
 
-    fn into_vm(self, agent: Agent, network: Network, phases: Phases) -> Vm {
+    fn into_vm(self, agent: Agent, mut network: Network, phases: Phases) -> Vm {
+        if let Some(forward) = network.forward() {
+            let (worker, end) = (self.worker.0.clone(), self.end.clone());
+            tokio::spawn(async move {
+                tokio::select! {
+                    () = forward.serve(worker) => {}
+                    _ = end.wait() => {}
+                }
+            });
+        }
         Vm {
             agent,
             worker: self.worker,

@@ -26,8 +26,7 @@ pub const HOST_CID: u32 = 2;
 /// Context identifier of the guest. Every VM has a device and an address space of its own, so all use the same.
 pub const GUEST_CID: u32 = 3;
 
-/// Port on the host to which the agent connects once it listens on [`AGENT_PORT`] and [`STREAM_PORT`]: the one
-/// connection that a guest may open. It carries no data; that it is made is the news.
+/// Port on the host to which the agent connects once it listens on all of its own: the one connection that a guest may open. It carries no data; that it is made is the news.
 pub const READY_PORT: u32 = 1024;
 
 /// Port in the guest on which the agent serves ttrpc.
@@ -35,6 +34,12 @@ pub const AGENT_PORT: u32 = 1024;
 
 /// Port in the guest that takes the standard streams, one connection each.
 pub const STREAM_PORT: u32 = 1025;
+
+/// Port in the guest that takes connections to be forwarded to a TCP port of the pod, each begun by its number.
+pub const FORWARD_PORT: u32 = 1026;
+
+/// What the agent says first on a connection to [`FORWARD_PORT`], when the TCP port has accepted it.
+pub const FORWARD_CONNECTED: u8 = 1;
 
 /// Tag of the virtio-fs device that shares the pod's folder.
 pub const SHARE_TAG: &str = "husk";

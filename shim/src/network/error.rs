@@ -23,6 +23,8 @@ pub(crate) enum NetworkError {
     },
     #[error("cannot open /dev/vhost-net, which network.datapath = \"vhost\" asks for")]
     Vhost(#[source] io::Error),
+    #[error("cannot listen in it")]
+    Forward(#[source] io::Error),
     #[error("cannot write {path}")]
     Record {
         path: String,

@@ -11,10 +11,12 @@
 //! after that shim was killed: what is ours in a namespace is known by its name.
 
 mod error;
+mod forward;
 mod namespace;
 mod redirect;
 mod scan;
 mod settings;
+mod steer;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -33,6 +35,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::error::{Error, chain};
 pub(crate) use error::NetworkError;
+pub(crate) use forward::Forward;
 use namespace::Namespace;
 use scan::Interface;
 
@@ -90,6 +93,7 @@ pub(crate) struct Network {
     changed: Option<(Namespace, PathBuf)>,
     nics: Vec<Nic>,
     guest: UpdateNetworkRequest,
+    forward: Option<Forward>,
     took: Duration,
 }
 
@@ -123,6 +127,17 @@ impl Network {
 
     async fn copy(namespace: Namespace, wanted: &Wanted<'_>) -> Result<Self, NetworkError> {
         let begin = Instant::now();
+        let forward = match Forward::listen(&namespace).await {
+            Ok(forward) => Some(forward),
+            Err(err) => {
+                let path = namespace.path().display();
+                warn!(
+                    "ports of the pod are not forwarded: network namespace {path}: {}",
+                    chain(&err)
+                );
+                None
+            }
+        };
         let netlink = namespace.connect().await?;
         let found = scan::scan(&netlink).await?;
         if found.interfaces.is_empty() {
@@ -130,7 +145,10 @@ impl Network {
                 "network namespace {} has no interface that is up: the guest has only loopback",
                 namespace.path().display()
             );
-            return Ok(Self::default());
+            return Ok(Self {
+                forward,
+                ..Self::default()
+            });
         }
         std::fs::write(wanted.record, namespace.path().as_os_str().as_bytes()).map_err(
             |source| NetworkError::Record {
@@ -143,6 +161,7 @@ impl Network {
                 guest: settings::request(&found),
                 changed: Some((namespace, wanted.record.to_owned())),
                 nics,
+                forward,
                 took: begin.elapsed(),
             }),
             Err(err) => {
@@ -173,6 +192,11 @@ impl Network {
     /// What the agent has to set; `None` if there is nothing to set.
     pub(crate) fn guest(&self) -> Option<&UpdateNetworkRequest> {
         self.changed.as_ref().map(|_| &self.guest)
+    }
+
+    /// What is to forward ports to the guest, to be taken once.
+    pub(crate) fn forward(&mut self) -> Option<Forward> {
+        self.forward.take()
     }
 
     /// How long it took to set it up.

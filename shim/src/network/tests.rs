@@ -1,12 +1,15 @@
 //! The pure parts with messages made by hand, the rest with a real kernel in network namespaces of the tests' own. The
 //! latter need root; without it they say so and stop.
 
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, UdpSocket};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 
 use futures::TryStreamExt;
+use husk_vmm::control::{self, Call, Message, Reply, Request};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use rtnetlink::packet_route::link::{
     InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
@@ -16,7 +19,7 @@ use rtnetlink::packet_route::route::{
     RouteScope, RouteType,
 };
 use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
-use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::packet_route::{AddressFamily as RouteFamily, RouteNetlinkMessage};
 use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use serde_json::json;
 
@@ -136,7 +139,7 @@ fn interface_that_cannot_be_a_vms_is_named_with_the_reason() {
 
 fn route(kind: RouteType, attributes: Vec<RouteAttribute>) -> RouteMessage {
     let mut route = RouteMessage::default();
-    route.header.address_family = AddressFamily::Inet;
+    route.header.address_family = RouteFamily::Inet;
     route.header.table = 254;
     route.header.kind = kind;
     route.header.protocol = RouteProtocol::Boot;
@@ -562,4 +565,82 @@ async fn network_of_the_host_is_refused_unless_isolation_will_do() {
         let network = set_up("[network]\nhost_network = \"isolate\"").await;
         assert!(network.unwrap().nics().is_empty());
     }
+}
+
+/// A worker whose guest's agent connects to no port but `open`, and sends back what it gets there once that has ended.
+fn worker_with_port(open: u16) -> crate::vmm::Worker {
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .unwrap();
+    std::thread::spawn(move || {
+        while let Ok(Some((request, _))) = control::recv::<Request>(&theirs) {
+            let port = husk_protocol::FORWARD_PORT;
+            assert_eq!(request.call, Call::VsockConnect { port });
+            let (host, mut guest) = UnixStream::pair().unwrap();
+            let reply = Message::Reply {
+                id: request.id,
+                result: Ok(Reply::VsockConnected { local_port: 9 }),
+            };
+            control::send(&theirs, &reply, &[host.as_fd()]).unwrap();
+            drop(host);
+            let mut port = [0; 2];
+            guest.read_exact(&mut port).unwrap();
+            if u16::from_be_bytes(port) == open {
+                guest
+                    .write_all(&[husk_protocol::FORWARD_CONNECTED])
+                    .unwrap();
+                let mut text = Vec::new();
+                guest.read_to_end(&mut text).unwrap();
+                guest.write_all(&text).unwrap();
+            }
+        }
+    });
+    crate::vmm::Worker::connect(ours).unwrap().0
+}
+
+#[tokio::test]
+async fn ports_of_the_namespace_lead_to_the_guest() {
+    let Some(pod) = Pod::new().await else { return };
+    let up = LinkUnspec::new_with_name("lo").up().build();
+    pod.netlink.link().set(up).execute().await.unwrap();
+    let forward = pod.set_up(1).await.unwrap().forward().unwrap();
+    let serving = tokio::spawn(forward.serve(worker_with_port(8080)));
+    let inside = pod.pod.open();
+    let exchange = |address: (Ipv4Addr, u16)| {
+        let inside = inside.clone();
+        async move {
+            let exchange = move || {
+                let mut client = TcpStream::connect(address)?;
+                client.write_all(b"hello")?;
+                client.shutdown(Shutdown::Write)?;
+                let mut text = String::new();
+                client.read_to_string(&mut text).map(|_| text)
+            };
+            inside.inside(exchange).await.unwrap()
+        }
+    };
+    assert_eq!(
+        exchange((Ipv4Addr::LOCALHOST, 8080)).await.unwrap(),
+        "hello"
+    );
+    // What refuses in the guest is not taken for an empty answer. The reset may come before the half-close.
+    let refused = exchange((Ipv4Addr::LOCALHOST, 8081)).await.unwrap_err();
+    assert!(
+        matches!(
+            refused.kind(),
+            ErrorKind::ConnectionReset | ErrorKind::NotConnected | ErrorKind::BrokenPipe
+        ),
+        "{refused}"
+    );
+    // Only the loopback addresses are the guest's: others are asked for by nobody, and the namespace refuses them.
+    let other = exchange((POD, 8080)).await.unwrap_err();
+    assert_eq!(other.kind(), ErrorKind::ConnectionRefused);
+    serving.abort();
+    assert!(serving.await.unwrap_err().is_cancelled());
+    let after = exchange((Ipv4Addr::LOCALHOST, 8080)).await.unwrap_err();
+    assert_eq!(after.kind(), ErrorKind::ConnectionRefused);
 }

@@ -1,0 +1,92 @@
+//! Port forwarding. CRI's PortForward is containerd's: it enters the pod's network namespace on the host and connects to
+//! 127.0.0.1 there, where nobody listens, since the pod's programs are in the guest. So the shim listens there, for all
+//! ports at once ([`super::steer`]), and relays each connection to the agent, which connects to the same port in the guest.
+
+use std::io;
+use std::net::{Ipv4Addr, TcpListener as StdListener};
+use std::os::fd::{AsFd, OwnedFd};
+
+use husk_protocol::{FORWARD_CONNECTED, FORWARD_PORT};
+use log::{debug, warn};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::error::NetworkError;
+use super::namespace::Namespace;
+use super::steer::steer;
+use crate::error::{Error, chain};
+use crate::vmm::Worker;
+
+/// A socket that listens on every port of a namespace's loopback addresses, as long as this exists.
+#[derive(Debug)]
+pub(crate) struct Forward {
+    listener: TcpListener,
+    _steering: OwnedFd,
+}
+
+impl Forward {
+    /// Listens in `namespace` from now on: until [`Forward::serve`] is called, connections wait.
+    pub(super) async fn listen(namespace: &Namespace) -> Result<Self, NetworkError> {
+        let listener = namespace
+            .inside(|| StdListener::bind((Ipv4Addr::LOCALHOST, 0)))
+            .await?
+            .map_err(NetworkError::Forward)?;
+        let steering = steer(&listener, namespace.as_fd()).map_err(NetworkError::Forward)?;
+        listener
+            .set_nonblocking(true)
+            .and_then(|()| TcpListener::from_std(listener))
+            .map(|listener| Self {
+                listener,
+                _steering: steering,
+            })
+            .map_err(NetworkError::Forward)
+    }
+
+    /// Relays connections to the guest of `worker`, for ever.
+    pub(crate) async fn serve(self, worker: Worker) {
+        loop {
+            match self.listener.accept().await {
+                Ok((client, _)) => {
+                    tokio::spawn(relay(client, worker.clone()));
+                }
+                Err(err) => {
+                    warn!("ports of the pod are not forwarded any more: {err}");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+async fn relay(mut client: TcpStream, worker: Worker) {
+    if let Err(err) = relay_to_guest(&mut client, &worker).await {
+        debug!("a forwarded connection: {}", chain(&err));
+        // It is reset rather than closed: that is how whoever connected learns that it was not the server who ended it.
+        if let Err(err) = client.set_zero_linger() {
+            debug!("a forwarded connection cannot be reset: {err}");
+        }
+    }
+}
+
+async fn relay_to_guest(client: &mut TcpStream, worker: &Worker) -> Result<(), Error> {
+    // Its own address is the one that was connected to.
+    let port = client.local_addr().map_err(Error::Forward)?.port();
+    let (_, mut guest) = worker.connect_vsock(FORWARD_PORT).await?;
+    let connected = async {
+        guest.write_u16(port).await?;
+        guest.read_u8().await
+    };
+    match connected.await {
+        Ok(FORWARD_CONNECTED) => {}
+        Ok(_) => return Err(Error::Forward(io::ErrorKind::InvalidData.into())),
+        // The agent has nothing to say about a port that refuses.
+        Err(err) if err.kind() == io::ErrorKind::UnexpectedEof => {
+            return Err(Error::Forward(io::ErrorKind::ConnectionRefused.into()));
+        }
+        Err(err) => return Err(Error::Forward(err)),
+    }
+    copy_bidirectional(client, &mut guest)
+        .await
+        .map(drop)
+        .map_err(Error::Forward)
+}
