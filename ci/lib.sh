@@ -211,7 +211,8 @@ debian_mirror() {
 # apt_for RELEASE COMMAND... - runs an apt command against RELEASE alone, with lists and archives
 # of its own: neither the machine's own sources (some of which may be down) nor what they say
 # matter, and nothing that is fetched here changes what the machine's apt sees.
-# RELEASE is a suite, or `machine`: Debian 12 with its backports, from which the scripts install.
+# RELEASE is a suite; or `machine`: Debian 12 with its backports, from which the scripts install; or `sources`: the
+# source packages of these backports.
 apt_for() {
     local release=$1 command=$2
     shift 2
@@ -232,10 +233,11 @@ apt_refresh() {
     if [ -n "$(find "$dir/fresh" -mmin -1440 2>/dev/null)" ]; then
         return
     fi
-    local mirror suites
+    local mirror suites kind=deb
     mirror=$(debian_mirror)
     case $release in
     machine) suites='bookworm bookworm-updates bookworm-backports' ;;
+    sources) suites=bookworm-backports kind=deb-src ;;
     *) suites=$release ;;
     esac
     mkdir -p "$dir/lists/partial" "$dir/archives/partial" "$dir/preferences.d"
@@ -243,7 +245,7 @@ apt_refresh() {
     flock "$HUSK_APT_LOCK"
     local suite
     for suite in $suites; do
-        printf 'deb [signed-by=%s] %s %s main\n' \
+        printf '%s [signed-by=%s] %s %s main\n' "$kind" \
             /usr/share/keyrings/debian-archive-keyring.gpg "$mirror" "$suite"
     done >"$dir/sources.list"
     say "reading Debian's package lists ($suites)"
@@ -293,6 +295,13 @@ package_version() {
     apt_refresh "$1"
     apt_for "$1" apt-cache --no-all-versions show "$2" 2>/dev/null |
         sed -n 's/^Version: //p' | head -n1
+}
+
+# source_version RELEASE PACKAGE - the version that RELEASE offers of a source package.
+source_version() {
+    apt_refresh "$1"
+    apt_for "$1" apt-cache --only-source showsrc "$2" 2>/dev/null |
+        sed -n 's/^Version: //p' | sort -V | tail -n1
 }
 
 # unpack_packages DIR RELEASE PACKAGE[/SUITE]... - fetches packages and unpacks them below DIR
