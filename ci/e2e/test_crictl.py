@@ -145,6 +145,51 @@ class Crictl(PodCase):
         resize(64 * MIB, 25000)
         self.assertNotEqual(container.exec(*eat).code, 0)
 
+    def test_the_machine_follows_the_limits_of_its_containers(self):
+        if self.runtime != "husk":
+            self.skipTest("other pods have the host's processors and memory")
+        pod = self.pod()
+        small = pod.start()
+
+        def size():
+            total = re.search(r"MemTotal:\s+(\d+) kB", small.output_of("cat", "/proc/meminfo"))
+            return int(small.output_of("nproc")), int(total[1]) // 1024
+
+        vcpus, memory = size()
+        self.assertEqual(vcpus, 1)
+        large = pod.start(linux={"resources": {
+            "memory_limit_in_bytes": 1024 * MIB, "cpu_period": 100000, "cpu_quota": 200000}})
+        # 512 MiB at the start; then what the container may use, and 128 MiB for the guest.
+        wait_until(lambda: size() == (2, memory + 640), "the machine to grow")
+        self.assertEqual(large.exec("dd", "if=/dev/zero", "of=/dev/null", "bs=700M", "count=1").code, 0)
+        self.crictl("update", "--memory", 64 * MIB, "--cpu-period", 100000, "--cpu-quota", 50000, large.id, code=0)
+        wait_until(lambda: size()[0] == 1, "the processor to go")
+        wait_until(lambda: size()[1] < memory + 64, "the memory to go")
+
+    def test_the_machine_is_in_the_pods_cgroup_with_the_least_of_its_oom_scores(self):
+        if self.runtime != "husk":
+            self.skipTest("other pods have no machine")
+        # As the kubelet makes it.
+        parent = f"/e2e-{os.getpid()}"
+        group = f"/sys/fs/cgroup{parent}"
+        os.mkdir(group)
+        self.addCleanup(os.rmdir, group)
+        with open(f"{group}/cgroup.subtree_control", "w", encoding="ascii") as file:
+            file.write("+cpu +memory +pids")
+        pod = self.pod(linux={"cgroup_parent": parent})
+        for score in (700, 500):
+            pod.start(linux={"resources": {"oom_score_adj": score}})
+        worker = json.loads(self.crictl("inspectp", pod.id, code=0).out)["info"]["pid"]
+        with open(f"/proc/{worker}/stat", encoding="ascii") as file:
+            shim = int(file.read().split(") ")[1].split()[1])
+        for process in (worker, shim):
+            with open(f"/proc/{process}/cgroup", encoding="ascii") as file:
+                self.assertEqual(file.read(), f"0::{parent}/{pod.id}\n")
+        with open(f"/proc/{worker}/oom_score_adj", encoding="ascii") as file:
+            self.assertEqual(file.read(), "500\n")
+        pod.remove(code=0)
+        self.assertEqual([at for at, _, _ in os.walk(group)], [group])
+
     def test_thirty_pods_four_at_a_time_leave_nothing(self):
         def life(number):
             pod = self.pod()

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::error::Error;
 
@@ -64,7 +64,8 @@ impl Kind {
 /// What containers may use; `None` is no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Limits {
-    pub(crate) cpus: Option<u64>,
+    /// Thousandths of a processor.
+    pub(crate) millicpus: Option<u64>,
     pub(crate) memory_bytes: Option<u64>,
 }
 
@@ -83,30 +84,62 @@ impl Limits {
         };
         let (quota, period, memory) = (number(CPU_QUOTA)?, number(CPU_PERIOD)?, number(MEMORY)?);
         Ok(Self {
-            cpus: cpus(quota, u64::try_from(period).unwrap_or(0)),
+            millicpus: millicpus(quota, u64::try_from(period).unwrap_or(0)),
             memory_bytes: positive(memory),
         })
     }
 
     /// Those of one container.
     pub(crate) fn of_container(spec: &Spec) -> Self {
-        let resources = spec
-            .linux()
+        spec.linux()
             .as_ref()
-            .and_then(|linux| linux.resources().as_ref());
-        let cpu = resources.and_then(|resources| resources.cpu().as_ref());
-        let memory = resources.and_then(|resources| resources.memory().as_ref());
+            .and_then(|linux| linux.resources().as_ref())
+            .map_or_else(Self::default, |resources| {
+                Self::default().updated(resources)
+            })
+    }
+
+    /// These, save for what `resources` says.
+    pub(crate) fn updated(self, resources: &LinuxResources) -> Self {
+        let quota = resources
+            .cpu()
+            .as_ref()
+            .and_then(|cpu| Some((cpu.quota()?, cpu.period()?)));
+        let memory = resources
+            .memory()
+            .as_ref()
+            .and_then(|memory| memory.limit());
         Self {
-            cpus: cpu.and_then(|cpu| cpus(cpu.quota()?, cpu.period()?)),
-            memory_bytes: memory.and_then(|memory| positive(memory.limit()?)),
+            millicpus: quota.map_or(self.millicpus, |(quota, period)| millicpus(quota, period)),
+            memory_bytes: memory.map_or(self.memory_bytes, positive),
+        }
+    }
+
+    /// Those of two containers together. What has no limit is not counted: no machine is large enough for it.
+    pub(crate) fn plus(self, other: Self) -> Self {
+        self.joined(other, u64::saturating_add)
+    }
+
+    /// Of each, the larger one.
+    pub(crate) fn or_larger(self, other: Self) -> Self {
+        self.joined(other, u64::max)
+    }
+
+    fn joined(self, other: Self, join: impl Fn(u64, u64) -> u64) -> Self {
+        let joined = |one: Option<u64>, other: Option<u64>| match (one, other) {
+            (Some(one), Some(other)) => Some(join(one, other)),
+            (one, other) => one.or(other),
+        };
+        Self {
+            millicpus: joined(self.millicpus, other.millicpus),
+            memory_bytes: joined(self.memory_bytes, other.memory_bytes),
         }
     }
 }
 
-/// As many processors as it takes to use up the quota.
-fn cpus(quota: i64, period: u64) -> Option<u64> {
+fn millicpus(quota: i64, period: u64) -> Option<u64> {
     let quota = positive(quota)?;
-    (period > 0).then(|| quota.div_ceil(period))
+    (period > 0).then(|| quota.saturating_mul(1000).div_ceil(period))
 }
 
 fn positive(number: i64) -> Option<u64> {
@@ -178,7 +211,7 @@ mod tests {
             "io.kubernetes.cri.sandbox-memory": "1048576"
         })));
         let expected = Limits {
-            cpus: Some(3),
+            millicpus: Some(2500),
             memory_bytes: Some(1 << 20),
         };
         assert_eq!(limits.unwrap(), expected);
@@ -189,6 +222,39 @@ mod tests {
             "io.kubernetes.cri.sandbox-memory": "0"
         })));
         assert_eq!(none.unwrap(), Limits::default());
+    }
+
+    #[test]
+    fn update_changes_what_it_names() {
+        let updated = |limits: Limits, resources: Value| {
+            limits.updated(&serde_json::from_value(resources).unwrap())
+        };
+        let both = Limits {
+            millicpus: Some(500),
+            memory_bytes: Some(1 << 20),
+        };
+        let cpu = json!({"cpu": {"quota": 100_000, "period": 100_000}});
+        let expected = Limits {
+            millicpus: Some(1000),
+            ..both
+        };
+        assert_eq!(updated(both, cpu), expected);
+        let unlimited = json!({"cpu": {"quota": -1, "period": 100_000}, "memory": {"limit": -1}});
+        assert_eq!(updated(both, unlimited), Limits::default());
+        assert_eq!(updated(both, json!({"cpu": {"shares": 2}})), both);
+    }
+
+    #[test]
+    fn limits_of_a_pods_containers_add_up() {
+        let limits = |millicpus, memory_bytes| Limits {
+            millicpus,
+            memory_bytes,
+        };
+        let one = limits(Some(300), None);
+        let other = limits(Some(800), Some(7));
+        assert_eq!(one.plus(other), limits(Some(1100), Some(7)));
+        assert_eq!(one.or_larger(other), limits(Some(800), Some(7)));
+        assert_eq!(one.plus(Limits::default()), one);
     }
 
     #[test]

@@ -221,7 +221,7 @@ mod tests {
         let spec = spec(config);
         assert_eq!(Kind::of(&spec).unwrap(), Kind::Sandbox);
         let limits = Limits {
-            cpus: Some(2),
+            millicpus: Some(1500),
             memory_bytes: Some(1 << 30),
         };
         assert_eq!(Limits::of_sandbox(&spec).unwrap(), limits);

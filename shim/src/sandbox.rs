@@ -15,8 +15,9 @@ use crate::cgroup::PodCgroup;
 use crate::container::Container;
 use crate::error::Error;
 use crate::events::Events;
+use crate::growth::Demands;
 use crate::network::{Network, Wanted};
-use crate::spec::VmSize;
+use crate::size::VmSizes;
 use crate::storage::Share;
 use crate::vm::Vm;
 
@@ -29,6 +30,7 @@ pub(crate) struct Sandbox {
     share: Share,
     events: Events,
     containers: Mutex<HashMap<String, Slot>>,
+    demands: Demands,
     cgroup: OnceLock<PodCgroup>,
     vm: Mutex<VmCell>,
     /// containerd has given up the containers that are being created, and does not come back.
@@ -50,6 +52,7 @@ impl Sandbox {
             share,
             events,
             containers: Mutex::default(),
+            demands: Demands::default(),
             cgroup: OnceLock::new(),
             vm: Mutex::default(),
             abandoned: watch::Sender::new(false),
@@ -130,6 +133,10 @@ impl Sandbox {
         }
     }
 
+    pub(crate) fn demands(&self) -> &Demands {
+        &self.demands
+    }
+
     /// The group of the host that the pod is in.
     pub(crate) fn cgroup(&self) -> Option<&PodCgroup> {
         self.cgroup.get()
@@ -140,7 +147,7 @@ impl Sandbox {
     pub(crate) async fn vm(
         &self,
         config: &husk_config::Vm,
-        size: VmSize,
+        sizes: VmSizes,
         network: &Wanted<'_>,
         give_up: &Notify,
     ) -> Result<Arc<Vm>, Error> {
@@ -148,7 +155,7 @@ impl Sandbox {
         let vm = cell
             .get_or_try_init(async || {
                 let network = Network::set_up(network).await?;
-                Vm::boot(config, size, &self.share.exported(), network, give_up)
+                Vm::boot(config, sizes, &self.share.exported(), network, give_up)
                     .await
                     .map(Arc::new)
             })

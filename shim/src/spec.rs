@@ -14,21 +14,11 @@ use oci_spec::runtime::{
 };
 
 use crate::error::Error;
-use crate::pod::{Kind, Limits};
+use crate::pod::Kind;
 use crate::storage::Source;
 
 /// Where in the shared folder of a container its root file system is.
 pub(crate) const ROOTFS: &str = "rootfs";
-
-/// Added to the memory limit for the least size of a VM: the guest's kernel, its page tables and
-/// the agent live in the same memory, and must not make the limit unreachable.
-const GUEST_OVERHEAD_MIB: u64 = 128;
-
-/// The least memory that a guest boots and runs a container with, as for `vm.memory_mib` of the configuration.
-const LEAST_MIB: u64 = 64;
-
-/// What the shim and the worker need beside the guest's memory.
-const WORKER_MIB: u64 = 32;
 
 /// A configuration divided between guest and host.
 #[derive(Debug)]
@@ -75,13 +65,6 @@ pub(crate) struct HostHooks {
     pub(crate) create_runtime: Vec<Hook>,
     pub(crate) poststart: Vec<Hook>,
     pub(crate) poststop: Vec<Hook>,
-}
-
-/// Size of a VM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct VmSize {
-    pub(crate) vcpus: u8,
-    pub(crate) memory_mib: u32,
 }
 
 impl Divided {
@@ -219,42 +202,6 @@ pub(crate) fn drop_host_resources(resources: &mut LinuxResources) {
     // Names of the host's interfaces, and its adapters.
     resources.set_network(None);
     resources.set_rdma(None);
-}
-
-/// The size for a VM whose containers may use `limits`: never smaller than configured, nor, for a limit's sake, larger than
-/// the host. Of the memory that the pod's cgroup is `allowed` on the host, in bytes, it leaves some for its worker: a guest
-/// that has used up its memory can still choose what to kill, while the host would take the VM.
-///
-/// # Errors
-/// `TooLittleMemory` if what is allowed is not enough for a VM.
-pub(crate) fn vm_size(
-    limits: Limits,
-    config: &husk_config::Vm,
-    host: VmSize,
-    allowed: Option<u64>,
-) -> Result<VmSize, Error> {
-    let memory_mib = limits.memory_bytes.map_or(config.memory_mib(), |bytes| {
-        let mib = bytes.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB);
-        u32::try_from(mib)
-            .unwrap_or(u32::MAX)
-            .min(host.memory_mib)
-            .max(config.memory_mib())
-    });
-    let memory_mib = match allowed.map(|bytes| bytes >> 20) {
-        Some(allowed_mib) if allowed_mib < LEAST_MIB + WORKER_MIB => {
-            return Err(Error::TooLittleMemory {
-                allowed_mib,
-                needed_mib: LEAST_MIB + WORKER_MIB,
-            });
-        }
-        Some(allowed_mib) => {
-            memory_mib.min(u32::try_from(allowed_mib - WORKER_MIB).unwrap_or(u32::MAX))
-        }
-        None => memory_mib,
-    };
-    let wanted = u8::try_from(limits.cpus.unwrap_or(0)).unwrap_or(u8::MAX);
-    let vcpus = wanted.min(host.vcpus).max(config.vcpus());
-    Ok(VmSize { vcpus, memory_mib })
 }
 
 fn is_bind(mount: &Mount) -> bool {
@@ -754,76 +701,5 @@ mod tests {
         assert!(err.contains("hostPID"), "{err}");
         let err = sandbox(json!([{"type": "pid"}])).unwrap_err().to_string();
         assert!(err.contains("hostIPC"), "{err}");
-    }
-
-    fn sized(resources: &Value, host_cpus: u8) -> VmSize {
-        let config = husk_config::Config::default();
-        vm_size(
-            Limits::of_container(&spec(json!({"linux": {"resources": resources}}))),
-            config.vm(),
-            VmSize {
-                vcpus: host_cpus,
-                memory_mib: 8192,
-            },
-            None,
-        )
-        .unwrap()
-    }
-
-    #[test]
-    fn vm_stays_within_what_its_cgroup_allows() {
-        let config = husk_config::Config::default();
-        let host = VmSize {
-            vcpus: 1,
-            memory_mib: 8192,
-        };
-        let sized = |allowed| vm_size(Limits::default(), config.vm(), host, allowed);
-        assert_eq!(sized(Some(8 << 30)).unwrap().memory_mib, 512);
-        assert_eq!(sized(Some(256 << 20)).unwrap().memory_mib, 224);
-        let err = sized(Some(40 << 20)).unwrap_err().to_string();
-        assert!(err.contains("40 MiB") && err.contains("96 MiB"), "{err}");
-    }
-
-    #[test]
-    fn limits_enlarge_the_vm_and_never_shrink_it() {
-        let default = VmSize {
-            vcpus: 1,
-            memory_mib: 512,
-        };
-        assert_eq!(sized(&json!({}), 8), default);
-        assert_eq!(sized(&json!({"memory": {"limit": 64 << 20}}), 8), default);
-        assert_eq!(sized(&json!({"memory": {"limit": -1}}), 8), default);
-        // All of the default would be for the container, and nothing for the guest.
-        assert_eq!(
-            sized(&json!({"memory": {"limit": 512 << 20}}), 8).memory_mib,
-            512 + 128
-        );
-        assert_eq!(
-            sized(&json!({"memory": {"limit": 1u64 << 30}}), 8),
-            VmSize {
-                vcpus: 1,
-                memory_mib: 1024 + 128
-            }
-        );
-        // What some clients send for "no limit".
-        assert_eq!(
-            sized(&json!({"memory": {"limit": i64::MAX - 4095}}), 8).memory_mib,
-            8192
-        );
-        assert_eq!(
-            sized(&json!({"cpu": {"quota": 250_000, "period": 100_000}}), 8),
-            VmSize {
-                vcpus: 3,
-                memory_mib: 512
-            }
-        );
-        assert_eq!(
-            sized(&json!({"cpu": {"quota": 900_000, "period": 100_000}}), 4).vcpus,
-            4
-        );
-        assert_eq!(
-            sized(&json!({"cpu": {"quota": -1, "period": 100_000}}), 4),
-            default
-        );
     }
 }

@@ -12,8 +12,8 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::process::ExitStatus;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use husk_protocol::{AGENT_PORT, GUEST_CID, READY_PORT, SHARE_TAG};
@@ -30,7 +30,7 @@ use crate::agent::Agent;
 use crate::console::{LastLines, follow};
 use crate::error::Error;
 use crate::network::Network;
-use crate::spec::VmSize;
+use crate::size::{VmSize, VmSizes};
 use crate::vmm::{self, Worker};
 
 /// How long the console may take to end once its only writer is dead.
@@ -71,6 +71,10 @@ pub(crate) struct Vm {
     agent: Agent,
     end: End,
     stopped: Arc<AtomicBool>,
+    sizes: VmSizes,
+    /// What was asked for last.
+    size: Mutex<VmSize>,
+    oom_score_adj: AtomicI32,
     network: Network,
     phases: Phases,
 }
@@ -107,17 +111,17 @@ impl Vm {
     /// Has to be called on the main thread, see [`vmm::spawn`]. `give_up` ends it early. On failure nothing is left, nor of the network.
     pub(crate) async fn boot(
         config: &husk_config::Vm,
-        size: VmSize,
+        sizes: VmSizes,
         share: &Path,
         mut network: Network,
         give_up: &Notify,
     ) -> Result<Self, Error> {
         let started = tokio::select! {
-            started = Self::start(config, size, share, &mut network) => started,
+            started = Self::start(config, sizes, share, &mut network) => started,
             () = give_up.notified() => Err(Error::Abandoned),
         };
         match started {
-            Ok((starting, agent, phases)) => Ok(starting.into_vm(agent, network, phases)),
+            Ok((starting, agent, phases)) => Ok(starting.into_vm(agent, network, sizes, phases)),
             Err(err) => {
                 network.remove().await;
                 Err(err)
@@ -127,7 +131,7 @@ impl Vm {
 
     async fn start(
         config: &husk_config::Vm,
-        size: VmSize,
+        sizes: VmSizes,
         share: &Path,
         network: &mut Network,
     ) -> Result<(Starting, Agent, Phases), Error> {
@@ -142,10 +146,10 @@ impl Vm {
         let spawned = Instant::now();
 
         let vm_config = VmConfig {
-            vcpus: size.vcpus,
-            max_vcpus: size.vcpus,
-            memory_mib: size.memory_mib,
-            max_memory_mib: size.memory_mib,
+            vcpus: sizes.start.vcpus,
+            max_vcpus: sizes.most.vcpus,
+            memory_mib: sizes.start.memory_mib,
+            max_memory_mib: sizes.most.memory_mib,
             kernel_params: config.kernel_params().to_owned(),
             shares: vec![ShareConfig {
                 tag: SHARE_TAG.to_owned(),
@@ -196,12 +200,23 @@ impl Vm {
     /// A VM whose worker and agent are played by a test.
     #[cfg(test)]
     pub(crate) fn fake(worker: Worker, agent: Agent, end: End, pid: u32) -> Self {
+        let start = VmSize {
+            vcpus: 1,
+            memory_mib: 512,
+        };
+        let most = VmSize {
+            vcpus: 4,
+            memory_mib: 4096,
+        };
         Self {
             worker: OwnedWorker(worker),
             pid,
             agent,
             end,
             stopped: Arc::default(),
+            sizes: VmSizes { start, most },
+            size: Mutex::new(start),
+            oom_score_adj: AtomicI32::new(0),
             network: Network::default(),
             phases: Phases {
                 network: Duration::ZERO,
@@ -229,6 +244,38 @@ impl Vm {
 
     pub(crate) fn phases(&self) -> Phases {
         self.phases
+    }
+
+    /// What it may be resized to.
+    pub(crate) fn sizes(&self) -> &VmSizes {
+        &self.sizes
+    }
+
+    /// Tells the guest how large it shall be, one of [`Vm::sizes`]; it follows when it can. Not to be called while another
+    /// call is under way.
+    pub(crate) async fn resize(&self, size: VmSize) -> Result<(), Error> {
+        let now = || self.size.lock().unwrap_or_else(PoisonError::into_inner);
+        if *now() == size {
+            return Ok(());
+        }
+        or_end(self.worker.0.resize(size).await, &self.end).await?;
+        info!(
+            "the VM has {} vCPUs and {} MiB from now on",
+            size.vcpus, size.memory_mib
+        );
+        *now() = size;
+        Ok(())
+    }
+
+    /// Says how much the host's OOM killer shall spare the VM, as oom_score_adj of proc(5).
+    pub(crate) fn set_oom_score_adj(&self, score: i32) -> Result<(), Error> {
+        if let Some(reason) = self.end.reason() {
+            return Err(Error::VmEnded(reason.to_string()));
+        }
+        if self.oom_score_adj.swap(score, Ordering::Relaxed) == score {
+            return Ok(());
+        }
+        vmm::set_oom_score_adj(self.pid, score)
     }
 
     /// Opens a vsock connection; also returns the host's port of it.
@@ -369,7 +416,7 @@ impl Starting {
         self.end.wait().await;
     }
 
-    fn into_vm(self, agent: Agent, mut network: Network, phases: Phases) -> Vm {
+    fn into_vm(self, agent: Agent, mut network: Network, sizes: VmSizes, phases: Phases) -> Vm {
         if let Some(forward) = network.forward() {
             let (worker, end) = (self.worker.0.clone(), self.end.clone());
             tokio::spawn(async move {
@@ -385,6 +432,9 @@ impl Starting {
             pid: self.pid,
             end: self.end,
             stopped: self.stopped,
+            sizes,
+            size: Mutex::new(sizes.start),
+            oom_score_adj: AtomicI32::new(0),
             network,
             phases,
         }
@@ -490,12 +540,13 @@ mod tests {
     async fn missing_kernel_names_the_file() {
         let config =
             husk_config::Config::from_toml("[vm]\nkernel = \"/absent/vmlinux\"", "test").unwrap();
-        let size = VmSize {
+        let start = VmSize {
             vcpus: 1,
             memory_mib: 512,
         };
+        let sizes = VmSizes { start, most: start };
         let (network, give_up) = (Network::default(), Notify::new());
-        let err = Vm::boot(config.vm(), size, Path::new("/"), network, &give_up)
+        let err = Vm::boot(config.vm(), sizes, Path::new("/"), network, &give_up)
             .await
             .unwrap_err();
         assert_eq!(

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
 use husk_vmm::config::VmConfig;
-use husk_vmm::control::{self, Call, Event, Message, Reply, Request};
+use husk_vmm::control::{self, Call, Event, Message, Reply, Request, Resize};
 use log::error;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
@@ -24,6 +25,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::Error;
+use crate::size::VmSize;
 
 /// The first argument that makes this program a worker.
 pub(crate) const WORKER_ROLE: &str = "vmm-worker";
@@ -80,8 +82,18 @@ pub(crate) fn spawn() -> Result<(Child, OwnedFd), Error> {
     let child = command.spawn().map_err(Error::SpawnWorker)?;
     // containerd protects its shims from the host's OOM killer. The VM is the workload: it must not be spared for it.
     let pid = child.id().expect("not yet waited for");
-    std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0").map_err(Error::SpawnWorker)?;
+    set_oom_score_adj(pid, 0)?;
     Ok((child, ours))
+}
+
+/// Says how much the host's OOM killer shall spare a process, see proc(5).
+pub(crate) fn set_oom_score_adj(pid: u32, score: i32) -> Result<(), Error> {
+    let path = PathBuf::from(format!("/proc/{pid}/oom_score_adj"));
+    std::fs::write(&path, score.to_string()).map_err(|source| Error::Storage {
+        operation: "write",
+        path,
+        source,
+    })
 }
 
 impl Worker {
@@ -133,6 +145,22 @@ impl Worker {
             }
             Ok((other, _)) => Err(unexpected("VsockConnect", &other)),
             Err(message) => Err(failed(message)),
+        }
+    }
+
+    /// Tells the guest how large it shall be.
+    pub(crate) async fn resize(&self, size: VmSize) -> Result<(), Error> {
+        let resize = Resize {
+            vcpus: Some(size.vcpus),
+            memory_mib: Some(size.memory_mib),
+        };
+        match self.call(Call::Resize(resize), &[]).await? {
+            Ok((Reply::Resized, _)) => Ok(()),
+            Ok((other, _)) => Err(unexpected("Resize", &other)),
+            Err(message) => Err(Error::WorkerProtocol {
+                question: "Resize",
+                answer: message,
+            }),
         }
     }
 

@@ -47,9 +47,11 @@ const ANNOTATION_PREFIX: &str = "io.husk.";
 
 /// The keys that an administrator may leave to pods. None of the others is a pod's business: a path is one of the host's,
 /// which the shim opens as root, and what host networking means is the node's decision.
-const ANNOTATION_KEYS: [&str; 5] = [
+const ANNOTATION_KEYS: [&str; 7] = [
     "vm.vcpus",
+    "vm.max_vcpus",
     "vm.memory_mib",
+    "vm.max_memory_mib",
     "vm.kernel_params",
     "vm.boot_timeout_s",
     "network.datapath",
@@ -77,7 +79,9 @@ pub struct Vm {
     initramfs: PathBuf,
     kernel_params: String,
     vcpus: u8,
+    max_vcpus: u8,
     memory_mib: u32,
+    max_memory_mib: Option<u32>,
     boot_timeout: Duration,
 }
 
@@ -286,10 +290,22 @@ impl Vm {
         self.vcpus
     }
 
+    /// The most virtual processors that a VM is given while it runs.
+    #[must_use]
+    pub fn max_vcpus(&self) -> u8 {
+        self.max_vcpus
+    }
+
     /// Memory of the guest in MiB.
     #[must_use]
     pub fn memory_mib(&self) -> u32 {
         self.memory_mib
+    }
+
+    /// The most memory, in MiB, that a VM is given while it runs; `None` is as much as the host has.
+    #[must_use]
+    pub fn max_memory_mib(&self) -> Option<u32> {
+        self.max_memory_mib
     }
 
     /// How long a guest may take from the start of its vCPUs until its agent is ready.
@@ -307,10 +323,18 @@ impl Vm {
                 .unwrap_or(self.kernel_params),
             vcpus: check(text, "vm.vcpus", raw.vcpus, |value| integer(value, &VCPUS))?
                 .unwrap_or(self.vcpus),
+            max_vcpus: check(text, "vm.max_vcpus", raw.max_vcpus, |value| {
+                integer(value, &VCPUS)
+            })?
+            .unwrap_or(self.max_vcpus),
             memory_mib: check(text, "vm.memory_mib", raw.memory_mib, |value| {
                 integer(value, &MEMORY_MIB)
             })?
             .unwrap_or(self.memory_mib),
+            max_memory_mib: check(text, "vm.max_memory_mib", raw.max_memory_mib, |value| {
+                integer(value, &MEMORY_MIB)
+            })?
+            .or(self.max_memory_mib),
             boot_timeout: check(text, "vm.boot_timeout_s", raw.boot_timeout_s, |value| {
                 integer(value, &BOOT_TIMEOUT_S)
             })?
@@ -328,7 +352,9 @@ impl Default for Vm {
             initramfs: DEFAULT_INITRAMFS.into(),
             kernel_params: String::new(),
             vcpus: 1,
+            max_vcpus: 4,
             memory_mib: 512,
+            max_memory_mib: None,
             boot_timeout: Duration::from_secs(30),
         }
     }
@@ -367,7 +393,9 @@ struct RawVm {
     initramfs: Option<Spanned<Value>>,
     kernel_params: Option<Spanned<Value>>,
     vcpus: Option<Spanned<Value>>,
+    max_vcpus: Option<Spanned<Value>>,
     memory_mib: Option<Spanned<Value>>,
+    max_memory_mib: Option<Spanned<Value>>,
     boot_timeout_s: Option<Spanned<Value>>,
 }
 

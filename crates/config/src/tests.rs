@@ -27,7 +27,9 @@ fn every_key_is_read() {
         initramfs = "/i"
         kernel_params = "debug loglevel=7"
         vcpus = 4
+        max_vcpus = 6
         memory_mib = 2048
+        max_memory_mib = 4096
         boot_timeout_s = 5
         [network]
         datapath = "vhost"
@@ -40,7 +42,9 @@ fn every_key_is_read() {
     assert_eq!(vm.initramfs(), Path::new("/i"));
     assert_eq!(vm.kernel_params(), "debug loglevel=7");
     assert_eq!(vm.vcpus(), 4);
+    assert_eq!(vm.max_vcpus(), 6);
     assert_eq!(vm.memory_mib(), 2048);
+    assert_eq!(vm.max_memory_mib(), Some(4096));
     assert_eq!(vm.boot_timeout(), Duration::from_secs(5));
     let network = config.network();
     assert_eq!(network.datapath(), Datapath::Vhost);

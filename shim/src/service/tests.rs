@@ -147,6 +147,14 @@ impl AgentService for FakeAgent {
         self.called(format!("resume {}", req.container_id))
     }
 
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        req: agent::UpdateContainerRequest,
+    ) -> TtrpcResult<agent::Empty> {
+        self.called(format!("update {}", req.container_id))
+    }
+
     async fn list_processes(
         &self,
         _: &TtrpcContext,
@@ -181,19 +189,29 @@ impl containerd_shim::protos::shim_async::Events for Containerd {
     }
 }
 
-/// A worker that connects every stream to a guest which closes it.
-fn fake_worker() -> Worker {
+/// A worker that connects every stream to a guest which closes it, and tells the size that the guest shall have.
+fn fake_worker(agent: Arc<FakeAgent>) -> Worker {
     let flags = SockFlag::SOCK_CLOEXEC;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
     std::thread::spawn(move || {
         while let Ok(Some((request, _))) = control::recv::<Request>(&theirs) {
-            assert!(matches!(request.call, Call::VsockConnect { .. }));
             let (host, _guest) = StdStream::pair().unwrap();
+            let (reply, descriptors) = match request.call {
+                Call::VsockConnect { .. } => {
+                    (Reply::VsockConnected { local_port: 9 }, vec![host.as_fd()])
+                }
+                Call::Resize(size) => {
+                    let size = (size.vcpus.unwrap(), size.memory_mib.unwrap());
+                    agent.called(format!("resize {size:?}")).unwrap();
+                    (Reply::Resized, vec![])
+                }
+                other => panic!("{other:?}"),
+            };
             let reply = Control::Reply {
                 id: request.id,
-                result: Ok(Reply::VsockConnected { local_port: 9 }),
+                result: Ok(reply),
             };
-            control::send(&theirs, &reply, &[host.as_fd()]).unwrap();
+            control::send(&theirs, &reply, &descriptors).unwrap();
         }
     });
     Worker::connect(ours).unwrap().0
@@ -234,7 +252,7 @@ impl Fixture {
         let containerd_server = serve(bind("events"), containerd).await;
 
         let (end, vm_end) = End::channel();
-        let worker = fake_worker();
+        let worker = fake_worker(agent.clone());
         let vm = Arc::new(Vm::fake(
             worker.clone(),
             Agent::new(stream, vm_end.clone()),
@@ -769,4 +787,37 @@ async fn shutdown_waits_for_the_last_container() {
         .await
         .unwrap();
     fixture.sandbox.wait_shut_down().await;
+}
+
+#[tokio::test]
+async fn vm_grows_before_an_update_and_shrinks_after() {
+    let shim = Fixture::new().await;
+    shim.start("").await.unwrap();
+    let update = async |resources: &str| {
+        let resources = Any {
+            value: resources.as_bytes().to_vec(),
+            ..Default::default()
+        };
+        let req = UpdateTaskRequest {
+            id: "x".into(),
+            resources: Some(resources).into(),
+            ..Default::default()
+        };
+        shim.task.update(Context::default(), &req).await.unwrap();
+        std::mem::take(&mut *shim.agent.calls.lock().unwrap())
+    };
+    shim.agent.calls.lock().unwrap().clear();
+    let more = r#"{"cpu": {"quota": 200000, "period": 100000}, "memory": {"limit": 1073741824}}"#;
+    assert_eq!(update(more).await, ["resize (2, 1152)", "update x"]);
+    assert_eq!(update(r#"{"cpu": {"shares": 9}}"#).await, ["update x"]);
+    // At no moment is there less than what the container is allowed.
+    let other = r#"{"cpu": {"quota": 10000, "period": 100000}, "memory": {"limit": 2147483648}}"#;
+    assert_eq!(
+        update(other).await,
+        ["resize (2, 2176)", "update x", "resize (1, 2176)"]
+    );
+    assert_eq!(
+        update(r#"{"memory": {"limit": 1048576}}"#).await,
+        ["update x", "resize (1, 512)"]
+    );
 }

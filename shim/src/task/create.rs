@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 use crate::cgroup::PodCgroup;
 use crate::container::{Container, Parts};
 use crate::error::Error;
+use crate::growth::Demand;
 use crate::hooks::{self, HookState};
 use crate::network;
 use crate::options;
@@ -22,7 +23,8 @@ use crate::pod::{Kind, Limits};
 use crate::pod_config;
 use crate::process::{Process, TtySize};
 use crate::sandbox::Sandbox;
-use crate::spec::{self, Divided, VmSize};
+use crate::size::{VmSize, VmSizes};
+use crate::spec::{self, Divided};
 use crate::storage::{self, ContainerStorage};
 use crate::streams::{self, Ends, LogIdentity, Ports, Stdio};
 
@@ -32,8 +34,6 @@ pub(crate) const WORKER_PID_FILE: &str = "worker.pid";
 /// Written to the bundle of the first container, so that the `delete` action finds the network namespace in which a shim
 /// that is gone has changed something.
 pub(crate) const NETWORK_FILE: &str = "network";
-
-const MEMINFO: &str = "/proc/meminfo";
 
 /// What containerd asks for.
 #[derive(Debug)]
@@ -55,6 +55,7 @@ impl Sandbox {
         check_id(&request.id)?;
         let reservation = self.reserve(&request.id)?;
         let event = created_event(&request);
+        let id = request.id.clone();
         let built = tokio::select! {
             built = self.build(request) => built,
             () = self.wait_abandoned() => Err(Error::Abandoned),
@@ -69,6 +70,9 @@ impl Sandbox {
                 Ok(pid)
             }
             Err(err) => {
+                if let Some(vm) = self.running_vm() {
+                    self.demand_nothing(&vm, &id).await;
+                }
                 drop(reservation);
                 self.stop_unused_vm().await;
                 if self.is_abandoned() && self.is_empty() {
@@ -101,13 +105,15 @@ impl Sandbox {
             self.enter_cgroup(path);
         }
         let allowed = self.cgroup().and_then(PodCgroup::memory_limit);
-        let size = spec::vm_size(limits, config.vm(), host_size()?, allowed)?;
+        let sizes = VmSizes::new(limits, config.vm(), VmSize::of_host()?, allowed)?;
         let network = network::Wanted {
             place: network::Place::of(&spec),
             config: config.network(),
-            vcpus: size.vcpus,
+            vcpus: sizes.start.vcpus,
             record: &request.bundle.join(NETWORK_FILE),
         };
+        let process = spec.process().as_ref();
+        let oom_score_adj = process.and_then(OciProcess::oom_score_adj).unwrap_or(0);
         let oci_version = spec.version().clone();
         let own_pid_namespace = has_own_pid_namespace(&spec);
         let mut divided = divide(spec, &request.id, &kind).await?;
@@ -130,9 +136,17 @@ impl Sandbox {
             };
             Ok((storage, ends))
         };
-        let (vm, host) = tokio::join!(self.vm(config.vm(), size, &network, &host_failed), host);
+        let (vm, host) = tokio::join!(self.vm(config.vm(), sizes, &network, &host_failed), host);
         let (storage, ends) = host?;
         let vm = vm?;
+        if kind != Kind::Sandbox {
+            // What the sandbox says is for these.
+            let demand = Demand {
+                limits,
+                oom_score_adj,
+            };
+            self.demand(&vm, &request.id, demand).await?;
+        }
         if let Some(storage) = &storage {
             storage.publish()?;
             divided.place(storage.volumes());
@@ -327,27 +341,6 @@ fn has_own_pid_namespace(spec: &Spec) -> bool {
                 namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none()
             })
         })
-}
-
-/// What the host has, which no VM exceeds for the sake of a container's limit.
-fn host_size() -> Result<VmSize, Error> {
-    let vcpus = std::thread::available_parallelism()
-        .map_or(1, |count| u8::try_from(count.get()).unwrap_or(u8::MAX));
-    let failed = |source| Error::Storage {
-        operation: "read",
-        path: MEMINFO.into(),
-        source,
-    };
-    let meminfo = std::fs::read_to_string(MEMINFO).map_err(failed)?;
-    let total_kib = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"))
-        .and_then(|total| total.parse::<u64>().ok())
-        .ok_or_else(|| failed(std::io::ErrorKind::InvalidData.into()))?;
-    Ok(VmSize {
-        vcpus,
-        memory_mib: u32::try_from(total_kib / 1024).unwrap_or(u32::MAX),
-    })
 }
 
 #[cfg(test)]

@@ -49,6 +49,9 @@ impl Sandbox {
                 exited_at: Some(timestamp(exit)).into(),
                 ..Default::default()
             });
+            if process.exec_id().is_empty() {
+                sandbox.demand_nothing(container.vm(), container.id()).await;
+            }
         });
     }
 }

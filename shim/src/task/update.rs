@@ -1,9 +1,10 @@
-//! `Update`: changes the limits of a container, in the guest's cgroup.
+//! `Update`: changes the limits of a container, in the guest's cgroup, and the size of the VM with them.
 
 use oci_spec::runtime::LinuxResources;
 
 use crate::container::Status;
 use crate::error::Error;
+use crate::growth::Demand;
 use crate::sandbox::Sandbox;
 use crate::spec::drop_host_resources;
 
@@ -23,8 +24,27 @@ impl Sandbox {
             source: source.into(),
         };
         let mut resources: LinuxResources = serde_json::from_slice(resources).map_err(invalid)?;
+        let before = self.demanded(id).await;
+        let after = Demand {
+            limits: before.limits.updated(&resources),
+            ..before
+        };
         drop_host_resources(&mut resources);
         let resources = serde_json::to_vec(&resources).map_err(invalid)?;
-        container.vm().agent().update_container(id, resources).await
+        // There is never less than what is allowed: the VM grows before, and shrinks after.
+        let vm = container.vm();
+        let larger = Demand {
+            limits: before.limits.or_larger(after.limits),
+            ..before
+        };
+        self.demand(vm, id, larger).await?;
+        let updated = vm.agent().update_container(id, resources).await;
+        let now = if updated.is_ok() { after } else { before };
+        self.demand(vm, id, now).await?;
+        if container.status() == Status::Stopped {
+            // It may have ended meanwhile.
+            self.demand_nothing(vm, id).await;
+        }
+        updated
     }
 }
