@@ -503,7 +503,10 @@ impl Watcher {
 fn describe(reason: &ExitReason) -> String {
     match reason {
         ExitReason::PowerOff => "the guest powered off".to_owned(),
-        ExitReason::Reset => "the guest asked for a reset".to_owned(),
+        // Nothing in the guest asks for one; what containers may call ends their PID namespace.
+        ExitReason::Reset => {
+            "the guest reset itself, as its kernel does when it panics early in the boot".to_owned()
+        }
         ExitReason::TripleFault => "a vCPU took a triple fault".to_owned(),
         ExitReason::Panic => "the guest's kernel panicked".to_owned(),
         ExitReason::VcpuFailed { vcpu, message } => format!("vCPU {vcpu} failed: {message}"),
