@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use husk_protocol::{SHARE_MOUNT_POINT, agent};
-use libcontainer::container::Container as OciContainer;
+use libcontainer::container::{Container as OciContainer, ContainerStatus};
 use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
 use tokio::sync::{OnceCell, watch};
@@ -223,7 +223,7 @@ impl Containers {
         self.get(id)?.start(&self.launcher.state_root).await
     }
 
-    /// Starts a process in a running container; returns its pid.
+    /// Starts a process in a container that is created or running; returns its pid.
     pub(crate) async fn exec(
         &self,
         id: &str,
@@ -235,7 +235,7 @@ impl Containers {
         let streams = self.streams.take(stdio.ports).await?;
         let container = self.get(id)?;
         let mut process: ProcessSpec = parse("the process", process)?;
-        container.must_be_running()?;
+        container.must_take_processes()?;
         container.reserve(exec_id)?;
         let started = self
             .start_exec(&container, &mut process, stdio, streams)
@@ -296,7 +296,7 @@ impl Containers {
         let container = self.get(id)?;
         let mut resources: LinuxResources = parse("the resources", resources)?;
         container.must_exist()?;
-        spec::forbid_swap(&mut resources);
+        spec::translate_limits(&mut resources);
         // libcgroups always writes the device rules, and none would mean the default ones.
         let first = container
             .spec
@@ -426,7 +426,7 @@ impl Container {
             }
         };
         let started = OciContainer::load(state_root.join(&self.id))
-            .and_then(|mut container| container.start())
+            .and_then(|mut container| container.set_status(ContainerStatus::Created).start())
             .map_err(|error| Error::Launch(crate::error::chain(&error)));
         let started = match started {
             Ok(()) => reports.executed().await,
@@ -590,12 +590,14 @@ impl Container {
         }
     }
 
-    fn must_be_running(&self) -> Result<()> {
+    fn must_take_processes(&self) -> Result<()> {
         let state = self.state();
-        if self.init.has_ended() || !matches!(*state, State::Running) {
-            return Err(self.wrong_state(&state, "running"));
+        match *state {
+            State::Created(_) | State::Starting | State::Running if !self.init.has_ended() => {
+                Ok(())
+            }
+            _ => Err(self.wrong_state(&state, "running")),
         }
-        Ok(())
     }
 
     fn must_exist(&self) -> Result<()> {

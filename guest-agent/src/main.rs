@@ -1,15 +1,17 @@
 //! husk-agent, the init of the guest: process 1 of the initramfs, which mounts what a guest needs, reaps, and runs
 //! containers for the shim on the host. See `proto/agent.proto` for the service.
 //!
-//! The program has three roles. Process 1 is the agent. It starts itself again as a *creator* for each container or process
-//! that libcontainer is to build, since libcontainer forks and the agent must not. And the first process of a pod's
-//! sandbox is this program too: the *pause* that holds the pod's namespaces.
+//! The program has four roles. Process 1 is the agent. It starts itself again as a *creator* for each container or process
+//! that libcontainer is to build, since libcontainer forks and the agent must not. libcontainer runs it as a *finisher* in
+//! the namespaces of a container that asks for what libcontainer cannot do. And the first process of a pod's sandbox is
+//! this program too: the *pause* that holds the pod's namespaces.
 
 mod cgroup;
 mod container;
 mod creator;
 mod devices;
 mod error;
+mod finish;
 mod forward;
 mod hotplug;
 mod init;
@@ -46,8 +48,12 @@ fn main() -> ExitCode {
     if arguments.next().as_deref().map(str::as_bytes) == Some(pause::NAME.to_bytes()) {
         return pause::main();
     }
-    if arguments.next().as_deref() == Some(launch::CREATOR) {
-        return creator::main(&arguments.next().unwrap_or_default());
+    let role = arguments.next();
+    let order = arguments.next().unwrap_or_default();
+    match role.as_deref() {
+        Some(launch::CREATOR) => return creator::main(&order),
+        Some(finish::FINISHER) => return finish::main(&order),
+        _ => {}
     }
     if std::process::id() != 1 {
         eprintln!(

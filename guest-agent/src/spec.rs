@@ -20,6 +20,7 @@ use serde_json::json;
 use crate::cgroup::Cgroup;
 use crate::devices::{self, Node};
 use crate::error::{During, Error, Result};
+use crate::finish::{self, Finish};
 use crate::pause;
 
 /// Most of a container's `/etc/passwd` that is read: more users than any image has.
@@ -56,15 +57,25 @@ pub(crate) fn prepare(
         .ok_or_else(|| missing("process"))?;
     prepare_process(process, terminal, &root, None);
     limit_locked_memory(process);
-    make_working_directory(process.cwd(), &root, &mounts);
-    spec.set_hooks(spec.hooks().as_ref().and_then(guest_hooks));
+    let cwd = process.cwd().clone();
+    let mut finish = Finish::of(&mut spec)?;
+    if !make_working_directory(&cwd, &root, &mounts) {
+        finish.make(&cwd);
+    }
+    let mut hooks = spec.hooks().as_ref().and_then(guest_hooks);
+    if let Some(hook) = finish.hook(&root)? {
+        hooks
+            .get_or_insert_default()
+            .set_create_container(Some(vec![hook]));
+    }
+    spec.set_hooks(hooks);
 
     let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux"))?;
     devices::adapt(linux, lookup)?;
     set_namespaces(linux)?;
     linux.set_cgroups_path(Some(Cgroup::name(container_id).into()));
     if let Some(resources) = linux.resources_mut() {
-        forbid_swap(resources);
+        translate_limits(resources);
     }
     if linux.seccomp().as_ref().is_some_and(has_listener) {
         return Err(Error::Invalid(
@@ -100,7 +111,10 @@ pub(crate) fn prepare_sandbox(given: &Spec, container_id: &str, root: &Path) -> 
             { "destination": "/proc", "type": "proc", "source": "proc" },
             { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"] },
         ],
-        "linux": { "namespaces": given_linux.namespaces(), "sysctl": given_linux.sysctl() },
+        "linux": {
+            "namespaces": given_linux.namespaces(),
+            "sysctl": given_linux.sysctl(),
+        },
     });
     let mut spec: Spec = serde_json::from_value(spec).map_err(|source| Error::Malformed {
         what: "the sandbox's specification",
@@ -211,14 +225,9 @@ fn limit_locked_memory(process: &mut Process) {
     }
 }
 
-fn is_bind(mount: &Mount) -> bool {
-    let mut options = mount.options().iter().flatten();
-    mount.typ().as_deref() == Some("bind")
-        || options.any(|option| option == "bind" || option == "rbind")
-}
-
 /// runc makes the first process' working directory if there is none: in the image, or in the folder that is bound there.
-fn make_working_directory(cwd: &Path, root: &Path, mounts: &[Mount]) {
+/// False if there is to be something else, which is not mounted yet.
+fn make_working_directory(cwd: &Path, root: &Path, mounts: &[Mount]) -> bool {
     let mount = mounts
         .iter()
         .filter(|mount| cwd.starts_with(mount.destination()))
@@ -228,9 +237,9 @@ fn make_working_directory(cwd: &Path, root: &Path, mounts: &[Mount]) {
         Some(mount) => {
             let inside = cwd.strip_prefix(mount.destination()).unwrap_or(cwd);
             match mount.source() {
-                Some(source) if is_bind(mount) => (source.as_path(), inside),
-                // It does not exist yet.
-                _ => return,
+                Some(source) if finish::is_bind(mount) => (source.as_path(), inside),
+                // Its root will be there.
+                _ => return inside.as_os_str().is_empty(),
             }
         }
     };
@@ -240,6 +249,7 @@ fn make_working_directory(cwd: &Path, root: &Path, mounts: &[Mount]) {
         // Nothing may be written there: what matters is whether the process can enter it.
         tracing::debug!(%error, "the working directory was not made");
     }
+    true
 }
 
 /// The hooks that are programs of the container; the shim has run, or will run, those of the host.
@@ -275,9 +285,32 @@ fn set_namespaces(linux: &mut Linux) -> Result<()> {
     Ok(())
 }
 
+/// Puts limits that libcgroups gets wrong into the words of cgroup v2, which it passes on as they are.
+pub(crate) fn translate_limits(resources: &mut LinuxResources) {
+    forbid_swap(resources);
+    weigh_io(resources);
+}
+
+/// The weight of I/O as runc converts it: linearly, from 10..1000 to 1..10000. In libcgroups the multiplication overflows.
+fn weigh_io(resources: &mut LinuxResources) {
+    let Some(block_io) = resources.block_io_mut() else {
+        return;
+    };
+    let Some(weight) = block_io.weight().filter(|weight| *weight != 0) else {
+        return;
+    };
+    block_io.set_weight(None);
+    let weight = 1 + u32::from(weight).saturating_sub(10) * 9999 / 990;
+    resources
+        .unified_mut()
+        .get_or_insert_default()
+        .entry("io.weight".to_owned())
+        .or_insert_with(|| weight.to_string());
+}
+
 /// A limit of memory and swap together that equals that of memory alone forbids swap. libcgroups takes the difference, a
 /// zero, for "unset".
-pub(crate) fn forbid_swap(resources: &mut LinuxResources) {
+fn forbid_swap(resources: &mut LinuxResources) {
     let Some(memory) = resources.memory() else {
         return;
     };
@@ -512,9 +545,17 @@ mod tests {
     }
 
     #[test]
-    fn user_namespace_is_refused() {
-        let changes = json!({ "linux": { "namespaces": [{ "type": "user" }] } });
-        assert!(matches!(prepared(&changes), Err(Error::Invalid(_))));
+    fn weight_of_io_is_that_of_cgroup_v2() {
+        for (given, weight) in [(10, "1"), (16, "61"), (500, "4950"), (1000, "10000")] {
+            let mut resources: LinuxResources =
+                serde_json::from_value(json!({ "blockIO": { "weight": given } }))
+                    .expect("fair resources");
+            translate_limits(&mut resources);
+            let unified = resources.unified().as_ref().expect("it is there");
+            assert_eq!(unified["io.weight"], weight, "of {given}");
+            let block_io = resources.block_io().as_ref().expect("kept");
+            assert_eq!(block_io.weight(), None);
+        }
     }
 
     #[test]
@@ -559,6 +600,12 @@ mod tests {
         let changes = json!({ "linux": { "namespaces": [{ "type": "pid", "path": path }] } });
         let prepared = prepared(&changes).expect("a fair specification");
         assert!(!has_pid_namespace(&prepared.spec));
+    }
+
+    #[test]
+    fn user_namespace_is_refused() {
+        let changes = json!({ "linux": { "namespaces": [{ "type": "user" }] } });
+        assert!(matches!(prepared(&changes), Err(Error::Invalid(_))));
     }
 
     #[test]

@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use husk_protocol::agent::Volume;
 use husk_protocol::{POD_NAMESPACES, POD_VOLUMES, SHARE_MOUNT_POINT};
 use oci_spec::runtime::{
-    Hook, Hooks, Linux, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+    Hook, Hooks, Linux, LinuxNamespace, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
+    LinuxSeccompAction, LinuxSyscall, Mount, Process, Spec,
 };
 
 use crate::error::Error;
@@ -143,8 +144,6 @@ fn divide_mounts(
                 destination: bind.destination.display().to_string(),
                 source,
             })?;
-        // No mount is ever made below it in the guest: those of the host appear as folders.
-        retain_options(mount, |option| !PROPAGATION.contains(&option));
         match source {
             Source::Shared { has_mounts } => {
                 if has_mounts && bind.access == Access::Read {
@@ -215,18 +214,6 @@ fn has_option(mount: &Mount, wanted: &[&str]) -> bool {
         .flatten()
         .any(|option| wanted.contains(&option.as_str()))
 }
-
-/// Options that say how mounts made on one side appear on the other.
-const PROPAGATION: [&str; 8] = [
-    "private",
-    "rprivate",
-    "slave",
-    "rslave",
-    "shared",
-    "rshared",
-    "unbindable",
-    "runbindable",
-];
 
 fn retain_options(mount: &mut Mount, keep: impl Fn(&str) -> bool) {
     if let Some(options) = mount.options_mut() {
@@ -337,6 +324,27 @@ fn refuse_host_namespaces(namespaces: &[LinuxNamespace]) -> Result<(), Error> {
     Ok(())
 }
 
+/// A listener gets a descriptor for each process that it listens to, by which it reads the process's memory and answers for
+/// its system calls. Those of a guest are in another kernel than a listener of the host.
+fn refuse_listener(seccomp: &LinuxSeccomp) -> Result<(), Error> {
+    let mut actions = seccomp
+        .syscalls()
+        .iter()
+        .flatten()
+        .map(LinuxSyscall::action)
+        .chain([seccomp.default_action()]);
+    let wanted = match seccomp.listener_path() {
+        Some(path) => path.display().to_string(),
+        None if actions.any(|action| action == LinuxSeccompAction::ScmpActNotify) => {
+            "SCMP_ACT_NOTIFY".to_owned()
+        }
+        None => return Ok(()),
+    };
+    Err(Error::UnsupportedSpec(format!(
+        "has a seccomp filter that notifies a listener of the host ({wanted}), to which a guest cannot pass descriptors"
+    )))
+}
+
 fn drop_host_linux(linux: &mut Linux, kind: &Kind) -> Result<(), Error> {
     let mut namespaces =
         translate_namespaces(linux.namespaces().clone().unwrap_or_default(), kind)?;
@@ -353,20 +361,11 @@ fn drop_host_linux(linux: &mut Linux, kind: &Kind) -> Result<(), Error> {
         }
     }
     linux.set_namespaces(Some(namespaces));
-    // Says for the root what `PROPAGATION` says for mounts.
-    linux.set_rootfs_propagation(None);
     if let Some(resources) = linux.resources_mut() {
         drop_host_resources(resources);
     }
-    if let Some(path) = linux
-        .seccomp()
-        .as_ref()
-        .and_then(|seccomp| seccomp.listener_path().as_ref())
-    {
-        return Err(Error::UnsupportedSpec(format!(
-            "names {} of the host as seccomp listener, to which a guest cannot pass descriptors",
-            path.display()
-        )));
+    if let Some(seccomp) = linux.seccomp() {
+        refuse_listener(seccomp)?;
     }
     // The agent chooses the place in the guest's hierarchy.
     linux.set_cgroups_path(None);
@@ -468,7 +467,7 @@ mod tests {
         assert_eq!(mounts[1]["source"], "/run/husk/share/.volume-7");
         assert_eq!(mounts[1]["options"], json!(["rbind", "ro"]));
         assert_eq!(mounts[2]["source"], "/run/husk/share/.volume-2");
-        assert_eq!(mounts[2]["options"], json!(["bind"]));
+        assert_eq!(mounts[2]["options"], json!(["bind", "rprivate"]));
     }
 
     #[test]
@@ -540,6 +539,11 @@ mod tests {
         let seccomp = json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/listener"});
         let err = divide(spec(json!({"linux": {"seccomp": seccomp}})), "x").unwrap_err();
         assert!(err.to_string().contains("/run/listener"), "{err}");
+        let seccomp = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+            {"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}
+        ]});
+        let err = divide(spec(json!({"linux": {"seccomp": seccomp}})), "x").unwrap_err();
+        assert!(err.to_string().contains("SCMP_ACT_NOTIFY"), "{err}");
     }
 
     #[test]
@@ -604,7 +608,7 @@ mod tests {
         assert!(divided.binds.is_empty());
         let mount = &guest_json(&divided)["mounts"][0];
         assert_eq!(mount["source"], "/run/husk/pod/volumes/0:40/sub");
-        assert_eq!(mount["options"], json!(["rbind", "rw"]));
+        assert_eq!(mount["options"], json!(["rbind", "rprivate", "rw"]));
     }
 
     #[test]

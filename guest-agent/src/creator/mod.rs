@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::Context as _;
 use libcgroups::common::{CgroupConfig, CgroupManager, ControllerOpt};
 use libcontainer::capabilities::CapabilityExt;
+use libcontainer::container::ContainerStatus;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, LinuxResources, Process};
@@ -149,7 +150,10 @@ fn follow(order: Order, reporter: &Reporter, gate: Option<OwnedFd>) -> anyhow::R
         .with_console_socket(order.console);
     match order.work {
         Work::Create { bundle, .. } => {
-            let container = builder.as_init(bundle).with_systemd(false).build()?;
+            let mut container = builder.as_init(bundle).with_systemd(false).build()?;
+            // What libcontainer asks of one that is to take further processes. Whether it is started is for the agent
+            // to know.
+            container.set_status(ContainerStatus::Running).save()?;
             Ok(container.pid().map(i32::from))
         }
         Work::Exec {
