@@ -37,6 +37,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::cgroup;
 use crate::events::Events;
 use crate::network;
+use crate::pod::{CONTAINER_TYPE, SANDBOX_ID};
 use crate::process::KILLED;
 use crate::sandbox::Sandbox;
 use crate::service::TaskService;
@@ -52,10 +53,7 @@ const RUNTIME_NAME: &str = "io.containerd.husk.v2";
 const RUN_FOLDER: &str = "/run/husk";
 
 /// Annotations whose value names the group of a container; one shim serves a group. In the order of runc's shim.
-const GROUP_ANNOTATIONS: [&str; 2] = [
-    "io.containerd.runc.v2.group",
-    "io.kubernetes.cri.sandbox-id",
-];
+const GROUP_ANNOTATIONS: [&str; 2] = ["io.containerd.runc.v2.group", SANDBOX_ID];
 
 /// The file of a bundle in which containerd 1 looks for the shim's address after a restart.
 const ADDRESS_FILE: &str = "address";
@@ -141,6 +139,12 @@ pub(crate) enum StartError {
     },
     #[error("cannot understand the runtime options")]
     Options(#[source] containerd_shim::protos::protobuf::Error),
+    #[error("the shim of sandbox {sandbox} does not run")]
+    NoSandbox {
+        sandbox: String,
+        #[source]
+        source: io::Error,
+    },
     #[error("cannot spawn the shim's server")]
     Spawn(#[source] io::Error),
     #[error("cannot put the shim into its cgroup, or set its OOM score")]
@@ -255,7 +259,14 @@ fn start(flags: &Flags) -> Result<String, StartError> {
     };
     let group = group(&spec).unwrap_or(&flags.id);
     let address = address(flags, group);
-    if let Some(socket) = bind(&address)?
+    if is_member(&spec) {
+        // Its machine is gone with the sandbox's shim. Another shim could not create it, and by answering in place of the
+        // first would keep `delete` of the sandbox from freeing what that has left.
+        UnixStream::connect(socket_path(&address)).map_err(|source| StartError::NoSandbox {
+            sandbox: group.to_owned(),
+            source,
+        })?;
+    } else if let Some(socket) = bind(&address)?
         && let Err(err) = spawn_server(flags, socket, &options, begin)
     {
         remove_file(socket_path(&address));
@@ -265,12 +276,20 @@ fn start(flags: &Flags) -> Result<String, StartError> {
     Ok(address)
 }
 
-/// The group of the container with this OCI configuration, of which nothing else matters here.
+/// The group of the container with this OCI configuration.
 fn group(spec: &Value) -> Option<&str> {
-    let annotations = spec.get("annotations")?;
     GROUP_ANNOTATIONS
         .iter()
-        .find_map(|name| annotations.get(*name)?.as_str())
+        .find_map(|name| annotation(spec, name))
+}
+
+/// Whether this is the OCI configuration of a container that joins a sandbox.
+fn is_member(spec: &Value) -> bool {
+    annotation(spec, CONTAINER_TYPE) == Some("container")
+}
+
+fn annotation<'a>(spec: &'a Value, name: &str) -> Option<&'a str> {
+    spec.get("annotations")?.get(name)?.as_str()
 }
 
 fn address(flags: &Flags, group: &str) -> String {
@@ -597,6 +616,16 @@ mod tests {
             "io.kubernetes.cri.sandbox-id": "pod", "io.containerd.runc.v2.group": "g"
         }));
         assert_eq!(group(&both), Some("g"));
+    }
+
+    #[test]
+    fn only_containers_of_a_pod_need_a_server_that_is_there() {
+        let is_member =
+            |kind: &str| is_member(&spec(&json!({"io.kubernetes.cri.container-type": kind})));
+        assert!(is_member("container"));
+        assert!(!is_member("sandbox"));
+        assert!(!super::is_member(&spec(&json!({}))));
+        assert!(!super::is_member(&Value::Null));
     }
 
     #[test]

@@ -1,0 +1,107 @@
+"""A shim that is killed at any point of a pod's start: `crictl rmp -f` succeeds, and nothing is left."""
+
+import concurrent.futures
+import os
+import signal
+
+from cri import PodCase
+from harness import children, processes, wait_until
+
+TASKS = "/run/containerd/io.containerd.runtime.v2.task/k8s.io"
+
+
+def shims():
+    """{pid: sandbox} of the shims that serve."""
+    lines = {pid: line.split() for pid, line in processes().items() if "containerd-shim-husk-v2" in line}
+    return {pid: words[words.index("-id") + 1] for pid, words in lines.items()
+            if "-id" in words and words[-1] not in ("start", "delete")}
+
+
+def has_file(name):
+    """The bundle has this file."""
+    return lambda shim, bundle: os.path.exists(f"{bundle}/{name}")
+
+
+def has_moved(shim, bundle):
+    """It is in its pod's cgroup."""
+    with open(f"/proc/{shim}/cgroup", encoding="ascii") as file:
+        return os.path.basename(bundle) in file.read()
+
+
+def has_mounted(shim, bundle):
+    """It has mounted a root file system."""
+    with open(f"/proc/{shim}/mountinfo", encoding="utf-8") as file:
+        return f"{os.path.basename(bundle)}/rootfs" in file.read()
+
+
+# What shows from outside how far it has come, in this order. Once true, each of them stays so.
+POINTS_OF_A_SANDBOX = {
+    "is there": lambda shim, bundle: True,
+    "has moved to its cgroup": has_moved,
+    "is about to change the network": has_file("network"),
+    "has a worker": lambda shim, bundle: children(shim),
+    "has booted the machine": has_file("worker.pid"),
+}
+POINTS_OF_A_CONTAINER = {
+    "has a bundle": has_file("config.json"),
+    "has mounted the root": has_mounted,
+    "asks the agent": has_file("worker.pid"),
+}
+
+
+class KillPoints(PodCase):
+    def setUp(self):
+        super().setUp()
+        if self.runtime != "husk":
+            self.skipTest("runc's shim starts no machine")
+        # The first pod makes the bridge.
+        self.pod().remove(code=0)
+
+    def kill(self, find, reached):
+        """Kills the shim of which `find` says (pid, bundle), if it is there yet, as soon as it has come so far."""
+        def killed():
+            found = find()
+            if not found:
+                return False
+            try:
+                if not reached(*found):
+                    return False
+                os.kill(found[0], signal.SIGKILL)
+            except (FileNotFoundError, ProcessLookupError) as error:
+                self.fail(f"the shim has ended by itself: {error}")
+            return True
+
+        wait_until(killed, "the shim to come so far")
+
+    def remove_all(self):
+        """What a kubelet does with pods that have failed."""
+        for pod in self.crictl("pods", "--quiet", code=0).out.split():
+            self.crictl("rmp", "-f", pod, code=0)
+
+    def test_while_a_sandbox_starts(self):
+        def find():
+            return next(((shim, f"{TASKS}/{sandbox}") for shim, sandbox in shims().items()), None)
+
+        for name, reached in POINTS_OF_A_SANDBOX.items():
+            with self.subTest(point=name), self.nothing_left():
+                with concurrent.futures.ThreadPoolExecutor(1) as background:
+                    starting = background.submit(self.try_pod)
+                    self.kill(find, reached)
+                    starting.result()
+                self.remove_all()
+
+    def test_while_a_container_starts(self):
+        for name, reached in POINTS_OF_A_CONTAINER.items():
+            with self.subTest(point=name), self.nothing_left():
+                pod = self.pod()
+                container = pod.create()
+                (shim,) = shims()
+
+                def find(shim=shim, container=container):
+                    return shim, f"{TASKS}/{container.id}"
+
+                with concurrent.futures.ThreadPoolExecutor(1) as background:
+                    starting = background.submit(self.crictl, "start", container.id)
+                    self.kill(find, reached)
+                    starting.result()
+                self.remove_all()
