@@ -23,6 +23,8 @@ import termios
 import time
 import unittest
 
+import api
+
 RUNTIMES = {"husk": "io.containerd.husk.v2", "runc": "io.containerd.runc.v2"}
 IMAGE = "husk.test/busybox:latest"
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
@@ -253,7 +255,8 @@ def children(pid):
     """The pids of the direct children."""
     found = []
     for task in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as file:
+        # A thread may end meanwhile.
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as file:
             found += map(int, file.read().split())
     return found
 
@@ -470,6 +473,13 @@ class Case(unittest.TestCase):
             subprocess.run(["cp", "-a", target, copy], check=True)
             self.ctr("images", "unmount", "--rm", target, code=0)
         return copy
+
+    def create_task(self, rootfs):
+        """Asks containerd itself for a task with this root (api.mount), which sleeps once started; returns it with the answer."""
+        task = Task(self, self.name())
+        self.addCleanup(self.remove, task.name)
+        self.ctr("c", "create", "--runtime", RUNTIMES[self.runtime], IMAGE, task.name, "sleep", "1000", code=0)
+        return task, api.create(task.name, rootfs)
 
     def run_spec(self, edit, *command, runtime=None, name=None, detached=False, **kwargs):
         """Runs a container from ctr's own default specification, changed by `edit(spec)`."""

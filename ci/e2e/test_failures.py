@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 
+import api
 from harness import IMAGE, RUNTIMES, Case, Events, children, processes, remove_fifos_of_ctr, wait_until
 
 CONFIG = "/etc/husk/husk.toml"
@@ -91,7 +92,7 @@ class Requests(Failures):
             self.assertEqual(result.code, 1)
             self.assertRegex(result.err, "/no/such/rootfs")
 
-    def test_a_user_that_is_not_there(self):
+    def test_an_exec_in_a_folder_that_is_not_there(self):
         task = self.start()
         result = task.exec("true", options=["--cwd", "/no/such/folder"])
         # runc makes the folder of the first process, not that of an exec.
@@ -144,6 +145,19 @@ class Husk(Failures):
                 self.assertRegex(result.err, pattern)
             return result
 
+    def assertCode(self, code):
+        """A start that fails with this code."""
+        with self.nothing_left():
+            task, created = self.create_task([api.mount("bind", self.rootfs(), "rbind", "rw")])
+            self.assertEqual(created.code, code, created)
+            self.remove(task.name)
+
+    def check(self, code, *patterns):
+        """`husk check` ends so, and says so."""
+        result = self.command("husk", "check", code=code)
+        for pattern in patterns:
+            self.assertRegex(result.out, pattern)
+
     def initramfs(self, script):
         """An initramfs whose /init is this shell script."""
         root = os.path.join(self.folder, "initramfs")
@@ -161,6 +175,8 @@ class Husk(Failures):
     def test_no_kvm(self):
         with self.moved("/dev/kvm"):
             self.assertRefused("/dev/kvm")
+            self.assertCode("UNKNOWN")
+            self.check(1, "FAIL  kvm: .*/dev/kvm", "skip  boot")
 
     def test_a_kvm_that_is_none(self):
         with self.moved("/dev/kvm"):
@@ -170,6 +186,7 @@ class Husk(Failures):
     def test_no_kernel(self):
         with self.configured('[vm]\nkernel = "/no/such/vmlinux"\n'):
             self.assertRefused("/no/such/vmlinux", "(?i)no such file")
+            self.check(1, "FAIL  kernel: /no/such/vmlinux", "build one with ci/guest", "skip  boot")
 
     def test_no_initramfs(self):
         with self.configured('[vm]\ninitramfs = "/no/such/initramfs"\n'):
@@ -182,6 +199,8 @@ class Husk(Failures):
     def test_a_key_that_does_not_exist(self):
         with self.configured('[vm]\n\nvpcus = 2\n'):
             self.assertRefused("/etc/husk/husk.toml:3: vm.vpcus: unknown field")
+            self.assertCode("INVALID_ARGUMENT")
+            self.check(1, "FAIL  configuration: .*/etc/husk/husk.toml:3: vm.vpcus: unknown field", "skip  boot")
 
     def test_a_value_of_the_wrong_kind(self):
         with self.configured('[vm]\nmemory_mib = "much"\n'):
@@ -204,6 +223,8 @@ class Husk(Failures):
         image = self.initramfs('echo "stuck on purpose" >/dev/console; exec /bin/busybox sleep 100000')
         with self.configured(f'[vm]\ninitramfs = "{image}"\nboot_timeout_s = 20\n'):
             self.assertRefused("stuck on purpose", "20 ?s")
+            self.assertCode("DEADLINE_EXCEEDED")
+            self.check(1, "FAIL  boot: ", "stuck on purpose")
 
     def test_a_guest_that_panics_at_boot(self):
         image = self.initramfs('echo "giving up on purpose" >/dev/console; exit 1')
@@ -214,6 +235,7 @@ class Husk(Failures):
         image = self.initramfs('exec /bin/busybox poweroff -f')
         with self.configured(f'[vm]\ninitramfs = "{image}"\nboot_timeout_s = 120\n'):
             self.assertRefused("(?i)power")
+            self.assertCode("UNAVAILABLE")
 
     def test_a_vcpu_that_fails(self):
         # A kernel that goes where there is no memory: KVM can run no instruction from there.
@@ -240,8 +262,8 @@ class Husk(Failures):
         _, worker = self.shim_of(task)
         os.kill(worker, signal.SIGKILL)
         task.wait_for("STOPPED")
-        wait_until(lambda: [fields.get("exit_status") for topic, fields in events.of(task.name)
-                            if topic == "/tasks/exit" and fields.get("id") == task.name] == [137], "the exit's event")
+        wait_until(lambda: sorted((fields.get("id"), fields.get("exit_status")) for topic, fields in events.of(task.name)
+                                  if topic == "/tasks/exit") == sorted([("extra", 137), (task.name, 137)]), "the exits' events")
         self.assertEqual(task.end(), 137)
         # The one ctr that would remove them has detached.
         remove_fifos_of_ctr("extra")

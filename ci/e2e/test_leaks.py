@@ -18,6 +18,8 @@ class Leaks(Case):
         self.assertLess(free - available_mib(), 48, "MiB that twenty containers kept")
 
     def test_four_at_once_leave_nothing(self):
+        self.run_container("true", code=0)
+        free = available_mib()
         with self.nothing_left():
             names = [self.name() for _ in range(4)]
             running = [subprocess.Popen(["ctr", "run", "--rm", "--runtime", RUNTIMES[self.runtime], IMAGE, name, "sh", "-c", f"echo {name}; exit {n}"],
@@ -25,6 +27,7 @@ class Leaks(Case):
                        for n, name in enumerate(names)]
             answers = [(*process.communicate(), process.returncode) for process in running]
             self.assertEqual(answers, [(f"{name}\n", "", n) for n, name in enumerate(names)])
+        self.assertLess(free - available_mib(), 48, "MiB that four containers kept")
 
     def test_a_detached_life_leaves_nothing(self):
         with self.nothing_left():

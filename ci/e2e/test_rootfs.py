@@ -5,7 +5,7 @@ import os
 import subprocess
 
 import api
-from harness import IMAGE, RUNTIMES, Case, Task
+from harness import Case
 
 
 class Rootfs(Case):
@@ -27,13 +27,6 @@ class Rootfs(Case):
         """A block device with the image's files."""
         return self.image(lambda path: self.command("mkfs.ext4", "-q", "-d", self.rootfs(), path, code=0))
 
-    def create(self, rootfs):
-        """A container whose task has this root; returns it with the answer."""
-        task = Task(self, self.name())
-        self.addCleanup(self.remove, task.name)
-        self.ctr("c", "create", "--runtime", RUNTIMES[self.runtime], IMAGE, task.name, "sleep", "1000", code=0)
-        return task, api.create(task.name, rootfs)
-
     @contextlib.contextmanager
     def mounted(self, device):
         """A device's files, on the host."""
@@ -47,7 +40,7 @@ class Rootfs(Case):
 
     def test_a_block_device(self):
         device = self.ext4()
-        task, created = self.create([api.mount("ext4", device)])
+        task, created = self.create_task([api.mount("ext4", device)])
         self.assertEqual(created.code, "OK", created)
         self.assertEqual(api.call("Start", task.name).code, "OK")
         self.assertEqual(task.exec("sh", "-c", "echo written >/mark; cat /mark", code=0).out, "written")
@@ -58,14 +51,14 @@ class Rootfs(Case):
             self.assertEqual(file.read(), "written\n")
 
     def test_a_block_device_that_is_read_only(self):
-        task, created = self.create([api.mount("ext4", self.ext4(), "ro")])
+        task, created = self.create_task([api.mount("ext4", self.ext4(), "ro")])
         self.assertEqual(created.code, "OK", created)
         self.assertEqual(api.call("Start", task.name).code, "OK")
         self.assertIn("Read-only file system", task.exec("touch", "/mark", code=1).err)
 
     def test_a_block_device_without_a_file_system(self):
         device = self.image(lambda path: None)
-        task, created = self.create([api.mount("ext4", device)])
+        task, created = self.create_task([api.mount("ext4", device)])
         self.assertEqual(created.code, "UNKNOWN", created)
         if self.runtime == "husk":
             self.assertIn(f": failed to mount rootfs component 0 (ext4 of {device}): invalid argument", created.message)
