@@ -165,7 +165,8 @@ class Parity(Case):
             self.ctr("task", "exec", "-d", "--exec-id", "extra", task.name, "sleep", "1000", code=0)
             wait_until(lambda: len(task.ctr("ps").out.splitlines()) == 5, "four processes")
             header, *rows = task.ctr("ps", code=0).out.splitlines()
-            note("header", header)
+            # The columns are as wide as the pids are long.
+            note("header", str(header.split()))
             note("rows", "\n".join(sorted(re.sub(r"^\d+ +", "PID ", row) for row in rows)))
             note("distinct", str(len({row.split()[0] for row in rows})))
             task.ctr("kill", "-s", "SIGKILL", code=0)
