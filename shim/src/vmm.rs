@@ -256,7 +256,7 @@ async fn receive(connection: Arc<Connection>, events: mpsc::UnboundedSender<Even
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream as StdStream;
 
@@ -266,7 +266,7 @@ mod tests {
     use super::*;
 
     /// The worker's end, played by a thread of the test: no VM can run where unit tests do.
-    fn fake_worker(
+    pub(crate) fn fake_worker(
         play: impl FnOnce(OwnedFd) + Send + 'static,
     ) -> (Worker, mpsc::UnboundedReceiver<Event>) {
         let (ours, theirs) = socketpair(
@@ -284,7 +284,12 @@ mod tests {
         control::recv(socket).unwrap().unwrap()
     }
 
-    fn reply(socket: &OwnedFd, id: u64, result: Result<Reply, String>, fds: &[BorrowedFd<'_>]) {
+    pub(crate) fn reply(
+        socket: &OwnedFd,
+        id: u64,
+        result: Result<Reply, String>,
+        fds: &[BorrowedFd<'_>],
+    ) {
         control::send(socket, &Message::Reply { id, result }, fds).unwrap();
     }
 

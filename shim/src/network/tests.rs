@@ -8,8 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 
 use futures::TryStreamExt;
-use husk_vmm::control::{self, Call, Message, Reply, Request};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use husk_vmm::control::{self, Call, Reply, Request};
 use rtnetlink::packet_route::link::{
     InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
@@ -26,6 +25,8 @@ use serde_json::json;
 use super::scan::{Found, interfaces, links, name};
 use super::settings::messages;
 use super::*;
+use crate::vmm::Worker;
+use crate::vmm::tests::{fake_worker, reply};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 const POD: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
@@ -568,24 +569,14 @@ async fn network_of_the_host_is_refused_unless_isolation_will_do() {
 }
 
 /// A worker whose guest's agent connects to no port but `open`, and sends back what it gets there once that has ended.
-fn worker_with_port(open: u16) -> crate::vmm::Worker {
-    let (ours, theirs) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )
-    .unwrap();
-    std::thread::spawn(move || {
-        while let Ok(Some((request, _))) = control::recv::<Request>(&theirs) {
+fn worker_with_port(open: u16) -> Worker {
+    let (worker, _events) = fake_worker(move |socket| {
+        while let Ok(Some((request, _))) = control::recv::<Request>(&socket) {
             let port = husk_protocol::FORWARD_PORT;
             assert_eq!(request.call, Call::VsockConnect { port });
             let (host, mut guest) = UnixStream::pair().unwrap();
-            let reply = Message::Reply {
-                id: request.id,
-                result: Ok(Reply::VsockConnected { local_port: 9 }),
-            };
-            control::send(&theirs, &reply, &[host.as_fd()]).unwrap();
+            let connected = Ok(Reply::VsockConnected { local_port: 9 });
+            reply(&socket, request.id, connected, &[host.as_fd()]);
             drop(host);
             let mut port = [0; 2];
             guest.read_exact(&mut port).unwrap();
@@ -599,7 +590,7 @@ fn worker_with_port(open: u16) -> crate::vmm::Worker {
             }
         }
     });
-    crate::vmm::Worker::connect(ours).unwrap().0
+    worker
 }
 
 #[tokio::test]

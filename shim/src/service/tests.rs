@@ -21,8 +21,7 @@ use containerd_shim::protos::ttrpc::error::get_rpc_status;
 use containerd_shim::protos::ttrpc::{self, Code};
 use husk_protocol::agent;
 use husk_protocol::agent_ttrpc::{Agent as AgentService, create_agent};
-use husk_vmm::control::{self, Call, Message as Control, Reply, Request};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use husk_vmm::control::{self, Call, Reply, Request};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 
@@ -35,6 +34,7 @@ use crate::spec::HostHooks;
 use crate::storage::Share;
 use crate::vm::{End, Vm};
 use crate::vmm::Worker;
+use crate::vmm::tests::{fake_worker, reply};
 
 const PID: u32 = 4711;
 
@@ -190,13 +190,11 @@ impl containerd_shim::protos::shim_async::Events for Containerd {
 }
 
 /// A worker that connects every stream to a guest which closes it, and tells the size that the guest shall have.
-fn fake_worker(agent: Arc<FakeAgent>) -> Worker {
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
-    std::thread::spawn(move || {
-        while let Ok(Some((request, _))) = control::recv::<Request>(&theirs) {
+fn worker_with(agent: Arc<FakeAgent>) -> Worker {
+    let (worker, _events) = fake_worker(move |socket| {
+        while let Ok(Some((request, _))) = control::recv::<Request>(&socket) {
             let (host, _guest) = StdStream::pair().unwrap();
-            let (reply, descriptors) = match request.call {
+            let (answer, descriptors) = match request.call {
                 Call::VsockConnect { .. } => {
                     (Reply::VsockConnected { local_port: 9 }, vec![host.as_fd()])
                 }
@@ -207,14 +205,10 @@ fn fake_worker(agent: Arc<FakeAgent>) -> Worker {
                 }
                 other => panic!("{other:?}"),
             };
-            let reply = Control::Reply {
-                id: request.id,
-                result: Ok(reply),
-            };
-            control::send(&theirs, &reply, &descriptors).unwrap();
+            reply(&socket, request.id, Ok(answer), &descriptors);
         }
     });
-    Worker::connect(ours).unwrap().0
+    worker
 }
 
 async fn serve(listener: UnixListener, services: HashMap<String, Service>) -> Server {
@@ -252,7 +246,7 @@ impl Fixture {
         let containerd_server = serve(bind("events"), containerd).await;
 
         let (end, vm_end) = End::channel();
-        let worker = fake_worker(agent.clone());
+        let worker = worker_with(agent.clone());
         let vm = Arc::new(Vm::fake(
             worker.clone(),
             Agent::new(stream, vm_end.clone()),
