@@ -5,16 +5,15 @@
     reason = "a test ends where something of its own fails"
 )]
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, channel};
 
 use husk_vmm::config::{DeviceConfig, DeviceId, DiskConfig, NicConfig};
 use husk_vmm::control::ExitReason;
-use husk_vmm::{Confinement, Error, RestoreFiles, VmState, Vmm};
+use husk_vmm::{Error, Vmm};
 
 use crate::memory::wait_until;
-use crate::support::{self, Guest, Running, net};
+use crate::support::{self, Guest, Saved, net};
 
 /// Reads what a disk begins with, when it comes.
 const ON_DISK: &str = "[ $SUBSYSTEM = block ] || exit 0\n\
@@ -228,30 +227,11 @@ fn added_disk_is_there_in_a_restored_vm() {
     running.console.wait_for("HUSK is up\n");
     add(&running.vmm, disk("data"), vec![content("before\n")]).unwrap();
     running.console.wait_for("HUSK add\n");
-    running.vmm.pause().unwrap();
-    let state = serde_json::to_string(&running.vmm.save().unwrap()).unwrap();
-    let memory = tempfile::tempfile().unwrap();
-    running.vmm.save_memory(&memory).unwrap();
+    let saved = Saved::of(&running.vmm);
     drop(running.vmm);
 
-    let state: VmState = serde_json::from_str(&state).unwrap();
-    assert!(state.added().eq([&disk("data")]));
-    let (console, output): (_, File) = support::Console::new();
-    let vmm = Vmm::restore(
-        &config,
-        RestoreFiles {
-            memory,
-            console: output,
-            disks: Vec::new(),
-            nics: Vec::new(),
-            added: vec![content("after\n")],
-        },
-        state,
-        Confinement::NONE,
-    )
-    .unwrap();
-    vmm.start().unwrap();
-    let running = Running::new(vmm, console);
+    assert!(saved.state().added().eq([&disk("data")]));
+    let running = saved.restore(&config, vec![content("after\n")]).unwrap();
     running.console.wait_for("HUSK after\n");
     remove(&running.vmm, &disk("data").id()).unwrap();
     drop(running);

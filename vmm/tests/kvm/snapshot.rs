@@ -1,12 +1,8 @@
 //! A guest that is paused, saved, and goes on elsewhere.
 
-use std::fs::File;
-use std::os::fd::OwnedFd;
-
 use husk_vmm::control::ExitReason;
-use husk_vmm::{Confinement, RestoreFiles, VmState, Vmm};
 
-use crate::support::{self, Guest, Running};
+use crate::support::{self, Guest, Saved};
 
 /// Counts forever, and looks at the clock and the entropy device, so that a guest that has lost time or interrupts is
 /// noticed. Ends when it has counted to 30 after it was told of by a file that only the memory holds.
@@ -34,30 +30,11 @@ fn a_saved_guest_goes_on_in_another_vm() {
     let config = guest.config.clone();
     let running = guest.start();
     running.console.wait_for("HUSK 3\n");
-    running.vmm.pause().unwrap();
-    let state = serde_json::to_string(&running.vmm.save().unwrap()).unwrap();
-    println!("the state has {} bytes", state.len());
-    let memory = tempfile::tempfile().unwrap();
-    running.vmm.save_memory(&memory).unwrap();
+    let saved = Saved::of(&running.vmm);
     drop(running.vmm);
 
-    let state: VmState = serde_json::from_str(&state).unwrap();
-    let (console, output) = support::Console::new();
-    let vmm = Vmm::restore(
-        &config,
-        RestoreFiles {
-            memory,
-            console: output,
-            disks: Vec::new(),
-            nics: Vec::new(),
-            added: Vec::new(),
-        },
-        state,
-        Confinement::NONE,
-    )
-    .unwrap();
-    vmm.start().unwrap();
-    let (reason, output) = Running::new(vmm, console).end();
+    let running = saved.restore(&config, Vec::new()).unwrap();
+    let (reason, output) = running.end();
     assert_eq!(reason, ExitReason::PowerOff);
     assert!(!output.contains("HUSK 1\n"), "{output}");
     assert!(output.contains("HUSK 30\nHUSK all there\n"), "{output}");
@@ -69,26 +46,8 @@ fn a_state_does_not_fit_a_vm_of_another_shape() {
     let guest = Guest::new("sleep 1000\n");
     let config = guest.config.clone();
     let running = guest.start();
-    running.vmm.pause().unwrap();
-    let state = serde_json::to_string(&running.vmm.save().unwrap()).unwrap();
-    let memory = tempfile::tempfile().unwrap();
-    running.vmm.save_memory(&memory).unwrap();
-    let restore = |config: &husk_vmm::config::VmConfig| {
-        let console: OwnedFd = std::io::pipe().unwrap().1.into();
-        let files = RestoreFiles {
-            memory: memory.try_clone().unwrap(),
-            console: File::from(console),
-            disks: Vec::new(),
-            nics: Vec::new(),
-            added: Vec::new(),
-        };
-        Vmm::restore(
-            config,
-            files,
-            serde_json::from_str(&state).unwrap(),
-            Confinement::NONE,
-        )
-    };
+    let saved = Saved::of(&running.vmm);
+    let restore = |config: &husk_vmm::config::VmConfig| saved.restore(config, Vec::new());
     let mut larger = config.clone();
     larger.memory_mib += 1;
     larger.max_memory_mib += 1;

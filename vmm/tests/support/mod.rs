@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use husk_vmm::config::VmConfig;
 use husk_vmm::control::ExitReason;
-use husk_vmm::{Confinement, NicFiles, VmFiles, Vmm};
+use husk_vmm::{Confinement, Error, NicFiles, RestoreFiles, VmFiles, VmState, Vmm};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// More than any of these guests needs, under emulation and beside other work.
@@ -94,6 +94,48 @@ impl Guest {
     }
 }
 
+/// What is kept of a VM, for another to be made of it.
+#[derive(Debug)]
+pub(crate) struct Saved {
+    state: String,
+    memory: File,
+}
+
+impl Saved {
+    /// Pauses a guest and saves it.
+    pub(crate) fn of(vmm: &Vmm) -> Self {
+        vmm.pause().unwrap();
+        let state = serde_json::to_string(&vmm.save().unwrap()).unwrap();
+        println!("the state has {} bytes", state.len());
+        let memory = tempfile::tempfile().unwrap();
+        vmm.save_memory(&memory).unwrap();
+        Self { state, memory }
+    }
+
+    pub(crate) fn state(&self) -> VmState {
+        serde_json::from_str(&self.state).unwrap()
+    }
+
+    /// Makes a VM of it, with these files for the devices that came while the guest ran, and lets it go on.
+    pub(crate) fn restore(&self, config: &VmConfig, added: Vec<OwnedFd>) -> Result<Running, Error> {
+        let (console, output) = Console::new();
+        let files = RestoreFiles {
+            memory: self.memory.try_clone().unwrap(),
+            console: output,
+            disks: Vec::new(),
+            nics: Vec::new(),
+            added,
+        };
+        let vmm = Vmm::restore(config, files, self.state(), Confinement::NONE)?;
+        vmm.start().unwrap();
+        Ok(Running {
+            vmm,
+            console,
+            begin: Instant::now(),
+        })
+    }
+}
+
 /// A guest that runs.
 #[derive(Debug)]
 pub(crate) struct Running {
@@ -103,14 +145,6 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    pub(crate) fn new(vmm: Vmm, console: Console) -> Self {
-        Self {
-            vmm,
-            console,
-            begin: Instant::now(),
-        }
-    }
-
     /// Waits for the end of the VM; returns the reason and all that the console said.
     #[track_caller]
     pub(crate) fn end(self) -> (ExitReason, String) {
