@@ -300,6 +300,18 @@ def traces():
     }
 
 
+def await_no_more_than(before, timeout):
+    """Returns when there are no traces but those of `before`; fails with what is left behind."""
+    def left():
+        after = traces()
+        return {kind: sorted(after[kind] - before[kind]) for kind in after if after[kind] - before[kind]}
+
+    try:
+        wait_until(lambda: not left(), "all traces to be gone", timeout=timeout)
+    except AssertionError as failure:
+        raise AssertionError(f"left behind: {json.dumps(left(), indent=2)}") from failure
+
+
 def remove_fifos_of_ctr(process):
     """The fifos of a container or exec, which its client has made and is not there to remove."""
     for fifo in glob.glob(f"/run/containerd/fifo/*/{process}-*"):
@@ -503,12 +515,4 @@ class Case(unittest.TestCase):
         """What is done inside leaves no trace on the machine."""
         before = traces()
         yield
-
-        def left():
-            after = traces()
-            return {kind: sorted(after[kind] - before[kind]) for kind in after if after[kind] - before[kind]}
-
-        try:
-            wait_until(lambda: not left(), "all traces to be gone", timeout=20)
-        except AssertionError:
-            self.fail(f"left behind: {json.dumps(left(), indent=2)}")
+        await_no_more_than(before, timeout=20)
