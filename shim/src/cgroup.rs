@@ -26,7 +26,7 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 pub(crate) const CHOSEN: &str = "HUSK_SHIM_CGROUP";
 
 /// The group that the shim has moved to.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct PodCgroup {
     path: PathBuf,
     /// Where it came from, and goes to in the end: a group with processes cannot be removed.
@@ -68,12 +68,12 @@ impl PodCgroup {
             .is_ok_and(|events| oom_kills(&events) > 0)
     }
 
-    /// Moves the shim back and removes the group.
+    /// Moves the shim back, and removes the group once the worker, which has been told to end, has left it, too. Waits.
     pub(crate) fn leave(&self) {
         // The group of a containerd that was stopped is gone.
         let left = move_to(&self.origin).or_else(|_| move_to(Path::new(ROOT)));
         match left {
-            Ok(()) => remove(&self.path),
+            Ok(()) => remove_emptied(&self.path),
             Err(err) => warn!("cannot leave {}: {err}", self.path.display()),
         }
     }
@@ -82,14 +82,18 @@ impl PodCgroup {
 /// Removes the group of a shim that was killed, if there is one, once the worker, which dies with the shim, has left it.
 pub(crate) fn remove_left(cgroups_path: &Path) {
     if let Ok(path) = below(Path::new(ROOT), cgroups_path) {
-        // Without the file there is no group.
-        if let Ok(mut events) = File::open(path.join("cgroup.events"))
-            && let Err(err) = wait_empty(&mut events, END_LIMIT)
-        {
-            warn!("cannot wait for the end of {}: {err}", path.display());
-        }
-        remove(&path);
+        remove_emptied(&path);
     }
+}
+
+fn remove_emptied(path: &Path) {
+    // Without the file there is no group.
+    if let Ok(mut events) = File::open(path.join("cgroup.events"))
+        && let Err(err) = wait_empty(&mut events, END_LIMIT)
+    {
+        warn!("cannot wait for the end of {}: {err}", path.display());
+    }
+    remove(path);
 }
 
 /// Returns when a group has no process, by its file `cgroup.events`, but after `limit` at the latest.

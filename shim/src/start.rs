@@ -534,8 +534,9 @@ async fn serve_until_shutdown(
     if let Some(vm) = sandbox.running_vm() {
         vm.stop().await;
     }
-    if let Some(group) = sandbox.cgroup() {
-        group.leave();
+    if let Some(group) = sandbox.cgroup().cloned() {
+        // Failing to join means that it panicked, which is in the log.
+        let _ = tokio::task::spawn_blocking(move || group.leave()).await;
     }
     sandbox.events().flush(FLUSH_LIMIT).await;
     // It waits for every request, and one of `Wait` may be for an exec that was never started.

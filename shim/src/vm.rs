@@ -108,7 +108,8 @@ impl std::fmt::Display for Phases {
 impl Vm {
     /// Boots a VM that sees the folder `share`, connects to its agent, and gives it the network.
     ///
-    /// Has to be called on the main thread, see [`vmm::spawn`]. `give_up` ends it early. On failure nothing is left, nor of the network.
+    /// Has to be called on the main thread, see [`vmm::spawn`]. On failure nothing is left, nor of the network. `give_up` ends it early: then
+    /// nothing is left but the worker, for as long as it takes to end.
     pub(crate) async fn boot(
         config: &husk_config::Vm,
         sizes: VmSizes,
