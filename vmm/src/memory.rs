@@ -2,12 +2,13 @@
 //!
 //! It is anonymous and private, so that the host backs it with large pages where it can: a boot then takes some 500 page
 //! faults of the guest, where a memfd, which Linux by default never gives large pages, takes 11,000. The mapping must lie
-//! at a multiple of 2 MiB for that: Linux sees to it since 6.7.
+//! at a multiple of 2 MiB for that, which Linux sees to only since 6.7.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::ptr;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -21,6 +22,7 @@ use crate::layout::{HIGH_RAM_BASE, LOW_RAM_END, pluggable_memory};
 
 const MIB: u64 = 1 << 20;
 const PAGE: usize = 4096;
+const LARGE_PAGE: usize = 2 << 20;
 
 /// What may be plugged in is rounded up to this much: in a VM with less than 64 GiB, Linux uses no smaller block of memory.
 const PLUGGABLE_UNIT: u64 = 128 * MIB;
@@ -61,7 +63,7 @@ pub(crate) fn allocate(size_mib: u32, max_mib: u32) -> Result<GuestMemoryMmap, E
     };
     let mut regions = Vec::new();
     for (base, len) in all_ranges(size_mib, max_mib) {
-        let mapping = MmapRegion::new(as_len(len)).map_err(|err| failed(io::Error::other(err)))?;
+        let mapping = map_aligned(as_len(len)).map_err(failed)?;
         // SAFETY: the range is this mapping, and the advice changes nothing of what it holds.
         let advised =
             unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_HUGEPAGE) };
@@ -74,6 +76,34 @@ pub(crate) fn allocate(size_mib: u32, max_mib: u32) -> Result<GuestMemoryMmap, E
         regions.push(region(mapping, base));
     }
     Ok(collect(regions))
+}
+
+/// Maps `len` bytes of memory at a multiple of [`LARGE_PAGE`].
+///
+/// Where is the kernel's choice, since [`MmapRegion`] owns only what it has mapped itself: it takes the highest gap that is
+/// large enough. So one of exactly this length is left at the right place. Should another thread map something there before,
+/// the memory comes to lie elsewhere, and KVM may map it by small pages only.
+fn map_aligned(len: usize) -> io::Result<MmapRegion> {
+    let reserved_len = len + 2 * LARGE_PAGE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping, at a place where nothing is.
+    let reserved =
+        unsafe { libc::mmap(ptr::null_mut(), reserved_len, libc::PROT_NONE, flags, -1, 0) };
+    if reserved == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // At least a page of the reservation stays on either side.
+    let before = PAGE + reserved.wrapping_byte_add(PAGE).align_offset(LARGE_PAGE);
+    let unmap = |offset: usize, len: usize| {
+        // SAFETY: the pieces that are passed lie in the reservation, nothing is in them, and each is passed once.
+        let unmapped = unsafe { libc::munmap(reserved.byte_add(offset), len) };
+        assert_eq!(unmapped, 0, "a reservation can be given up");
+    };
+    unmap(before, len);
+    let mapping = MmapRegion::new(len).map_err(io::Error::other);
+    unmap(0, before);
+    unmap(before + len, reserved_len - before - len);
+    mapping
 }
 
 fn all_ranges(size_mib: u32, max_mib: u32) -> Vec<(GuestAddress, u64)> {
@@ -247,6 +277,17 @@ mod tests {
         assert_eq!(other.read_obj::<u64>(address).unwrap(), 7);
         assert_eq!(end(&at_start(&other, &pluggable)), 2 * MIB);
         assert_eq!(end(&at_start(&other, &map(3, 3).1)), pluggable.end);
+    }
+
+    #[test]
+    fn memory_lies_where_large_pages_fit() {
+        let memories: Vec<_> = (0..8).map(|_| allocate(6, 6).unwrap()).collect();
+        let aligned = |memory: &&GuestMemoryMmap| {
+            let start = memory.get_host_address(GuestAddress(0)).unwrap();
+            start.align_offset(LARGE_PAGE) == 0
+        };
+        // The threads of other tests map as well, and may be faster once.
+        assert!(memories.iter().filter(aligned).count() >= 6);
     }
 
     #[test]
