@@ -221,6 +221,42 @@ class Network(Case):
         self.assertIn("interface odd (ipvlan) cannot be a VM's: it works on layer 3, without ARP", refused.err)
         self.assertEqual(pod.traces(), before)
 
+    def test_what_comes_later_is_plugged_in_and_out(self):
+        pod = Pod(self)
+        before = pod.traces()
+        task = self.start(options=pod.options)
+        # The second finds the slot that the first has left.
+        for turn in range(2):
+            with self.subTest(turn=turn):
+                pod.add("net1")
+                pod.ip("addr", "add", "10.89.0.2/24", "dev", "net1")
+                sh("ip", "addr", "add", "10.89.0.1/24", "dev", "pnet1")
+                wait_until(lambda: "10.89.0.2/24" in task.exec("ip", "addr", "show", "net1").out, "the address")
+                mac = re.search("link/ether ([^ ]*)", pod.ip("link", "show", "net1"))[1]
+                self.assertIn(mac, task.exec("ip", "link", "show", "net1", code=0).out)
+                task.exec("ping", "-c", "3", "10.89.0.1", code=0)
+                pod.ip("route", "add", "10.90.0.0/16", "via", "10.89.0.1")
+                wait_until(lambda: "10.90.0.0/16 via 10.89.0.1 dev net1" in task.exec("ip", "route").out, "the route")
+                pod.ip("link", "del", "net1")
+                wait_until(lambda: "net1" not in task.exec("ls", "/sys/class/net").out, "the interface to be gone")
+                task.exec("ping", "-c", "1", HOST4, code=0)
+        task.end()
+        self.assertEqual(pod.traces(), before)
+
+    def test_a_namespace_that_is_filled_later(self):
+        name = f"e2e-late-{os.getpid()}"
+        sh("ip", "netns", "add", name)
+        self.addCleanup(subprocess.run, ["ip", "netns", "del", name], check=False)
+        task = self.start(options=["--with-ns", f"network:/run/netns/{name}"])
+        sh("ip", "link", "add", "late0", "type", "veth", "peer", "name", "eth0", "netns", name)
+        self.addCleanup(subprocess.run, ["ip", "link", "del", "late0"], capture_output=True, check=False)
+        sh("ip", "addr", "add", "10.89.0.1/24", "dev", "late0")
+        sh("ip", "link", "set", "late0", "up")
+        sh("ip", "-n", name, "addr", "add", "10.89.0.2/24", "dev", "eth0")
+        sh("ip", "-n", name, "link", "set", "eth0", "up")
+        wait_until(lambda: "10.89.0.2/24" in task.exec("ip", "addr").out, "the address")
+        task.exec("ping", "-c", "3", "10.89.0.1", code=0)
+
     def test_namespace_without_interfaces_gives_loopback(self):
         name = f"e2e-empty-{os.getpid()}"
         sh("ip", "netns", "add", name)

@@ -427,6 +427,15 @@ impl Starting {
                 }
             });
         }
+        if let Some(follow) = network.follow() {
+            let (worker, agent, end) = (self.worker.0.clone(), agent.clone(), self.end.clone());
+            network.followed_by(tokio::spawn(async move {
+                tokio::select! {
+                    () = follow.serve(worker, agent) => {}
+                    _ = end.wait() => {}
+                }
+            }));
+        }
         Vm {
             agent,
             worker: self.worker,

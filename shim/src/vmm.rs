@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
-use husk_vmm::config::VmConfig;
+use husk_vmm::config::{NicConfig, VmConfig};
 use husk_vmm::control::{self, Call, Event, Message, Reply, Request, Resize};
 use log::error;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -154,11 +154,38 @@ impl Worker {
             vcpus: Some(size.vcpus),
             memory_mib: Some(size.memory_mib),
         };
-        match self.call(Call::Resize(resize), &[]).await? {
-            Ok((Reply::Resized, _)) => Ok(()),
-            Ok((other, _)) => Err(unexpected("Resize", &other)),
+        self.tell("Resize", Call::Resize(resize), &[], &Reply::Resized)
+            .await
+    }
+
+    /// Adds a network device to the running VM; `files` as [`NicConfig`] orders them.
+    pub(crate) async fn add_nic(
+        &self,
+        nic: NicConfig,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(), Error> {
+        self.tell("AddNic", Call::AddNic(nic), files, &Reply::Added)
+            .await
+    }
+
+    /// Removes one that was added, and returns when it is gone.
+    pub(crate) async fn remove_nic(&self, mac: [u8; 6]) -> Result<(), Error> {
+        self.tell("RemoveNic", Call::RemoveNic { mac }, &[], &Reply::Removed)
+            .await
+    }
+
+    async fn tell(
+        &self,
+        question: &'static str,
+        call: Call,
+        files: &[BorrowedFd<'_>],
+        expected: &Reply,
+    ) -> Result<(), Error> {
+        match self.call(call, files).await? {
+            Ok((reply, _)) if reply == *expected => Ok(()),
+            Ok((other, _)) => Err(unexpected(question, &other)),
             Err(message) => Err(Error::WorkerProtocol {
-                question: "Resize",
+                question,
                 answer: message,
             }),
         }

@@ -96,7 +96,7 @@ fn map_aligned(len: usize) -> io::Result<MmapRegion> {
     let before = PAGE + reserved.wrapping_byte_add(PAGE).align_offset(LARGE_PAGE);
     let unmap = |offset: usize, len: usize| {
         // SAFETY: the pieces that are passed lie in the reservation, nothing is in them, and each is passed once.
-        let unmapped = unsafe { libc::munmap(reserved.byte_add(offset), len) };
+        let unmapped = unsafe { libc::munmap(reserved.wrapping_byte_add(offset), len) };
         assert_eq!(unmapped, 0, "a reservation can be given up");
     };
     unmap(before, len);

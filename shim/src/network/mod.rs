@@ -6,11 +6,12 @@
 //!             eth0 ◄─── redirect :ingress ───── tap0_husk          rules and permanent neighbours
 //! ```
 //!
-//! The namespace keeps its configuration, of which the guest gets a copy; packets no longer reach it. Nothing else on
+//! The namespace keeps its configuration, of which the guest gets a copy, and of what changes later, too ([`Follow`]); packets no longer reach it. Nothing else on
 //! the host is changed, and [`remove`] takes it all back, be it called by the shim that did it or by the `delete` action
 //! after that shim was killed: what is ours in a namespace is known by its name.
 
 mod error;
+mod follow;
 mod forward;
 mod namespace;
 mod redirect;
@@ -21,10 +22,12 @@ mod tap;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use husk_config::{Datapath, HostNetwork};
@@ -35,9 +38,11 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::error::{Error, chain};
 pub(crate) use error::NetworkError;
+pub(crate) use follow::Follow;
 pub(crate) use forward::Forward;
 use namespace::Namespace;
 use scan::Interface;
+use tokio::task::JoinHandle;
 
 /// Most pairs of queues of a device, each of which costs the host a thread.
 const MAX_QUEUE_PAIRS: usize = 16;
@@ -89,11 +94,14 @@ pub(crate) struct Wanted<'a> {
 /// A pod's network, connected to devices that wait for a VM.
 #[derive(Debug, Default)]
 pub(crate) struct Network {
-    /// Where something was changed, and the record of it.
+    /// Where something is changed, and the record of it.
     changed: Option<(Namespace, PathBuf)>,
     nics: Vec<Nic>,
     guest: UpdateNetworkRequest,
     forward: Option<Forward>,
+    follow: Option<Follow>,
+    /// What goes on changing something.
+    following: Mutex<Option<JoinHandle<()>>>,
     took: Duration,
 }
 
@@ -138,17 +146,14 @@ impl Network {
                 None
             }
         };
-        let netlink = namespace.connect().await?;
+        // It hears of what changes after the first look.
+        let (netlink, news) = follow::subscribe(&namespace).await?;
         let found = scan::scan(&netlink).await?;
         if found.interfaces.is_empty() {
             info!(
                 "network namespace {} has no interface that is up: the guest has only loopback",
                 namespace.path().display()
             );
-            return Ok(Self {
-                forward,
-                ..Self::default()
-            });
         }
         std::fs::write(wanted.record, namespace.path().as_os_str().as_bytes()).map_err(
             |source| NetworkError::Record {
@@ -157,13 +162,29 @@ impl Network {
             },
         )?;
         match connect(&namespace, &netlink, &found.interfaces, wanted).await {
-            Ok(nics) => Ok(Self {
-                guest: settings::request(&found),
-                changed: Some((namespace, wanted.record.to_owned())),
-                nics,
-                forward,
-                took: begin.elapsed(),
-            }),
+            Ok(nics) => {
+                let guest = settings::request(&found);
+                let follow = Follow {
+                    namespace: namespace.clone(),
+                    netlink,
+                    news,
+                    config: wanted.config,
+                    vcpus: wanted.vcpus,
+                    fixed: found.interfaces,
+                    plugged: Vec::new(),
+                    refused: HashSet::new(),
+                    told: guest.clone(),
+                };
+                Ok(Self {
+                    guest,
+                    changed: Some((namespace, wanted.record.to_owned())),
+                    nics,
+                    forward,
+                    follow: Some(follow),
+                    following: Mutex::default(),
+                    took: begin.elapsed(),
+                })
+            }
             Err(err) => {
                 take_back(&namespace, wanted.record).await;
                 Err(err)
@@ -178,10 +199,7 @@ impl Network {
 
     /// Their descriptors, in the order in which the worker wants them.
     pub(crate) fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.nics
-            .iter()
-            .flat_map(|nic| nic.taps.iter().chain(&nic.vhosts))
-            .map(AsFd::as_fd)
+        self.nics.iter().flat_map(Nic::descriptors)
     }
 
     /// Closes the descriptors, of which the worker has its own copies: the taps last as long as those.
@@ -191,12 +209,22 @@ impl Network {
 
     /// What the agent has to set; `None` if there is nothing to set.
     pub(crate) fn guest(&self) -> Option<&UpdateNetworkRequest> {
-        self.changed.as_ref().map(|_| &self.guest)
+        (!self.guest.interfaces.is_empty()).then_some(&self.guest)
     }
 
     /// What is to forward ports to the guest, to be taken once.
     pub(crate) fn forward(&mut self) -> Option<Forward> {
         self.forward.take()
+    }
+
+    /// What is to keep the guest's network like the namespace's, to be taken once.
+    pub(crate) fn follow(&mut self) -> Option<Follow> {
+        self.follow.take()
+    }
+
+    /// `task` runs [`Follow::serve`].
+    pub(crate) fn followed_by(&mut self, task: JoinHandle<()>) {
+        self.following = Mutex::new(Some(task));
     }
 
     /// How long it took to set it up.
@@ -206,6 +234,16 @@ impl Network {
 
     /// Gives the namespace back as it was. To be called when the VM has ended; may be called more than once.
     pub(crate) async fn remove(&self) {
+        let following = self
+            .following
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(task) = following {
+            task.abort();
+            // It has ended, however that was.
+            let _ = task.await;
+        }
         if let Some((namespace, record)) = &self.changed {
             take_back(namespace, record).await;
         }
@@ -263,6 +301,20 @@ async fn connect(
     let pairs = queue_pairs(wanted.vcpus, interfaces.len(), vhost);
     let mut nics = Vec::new();
     for interface in interfaces {
+        nics.push(Nic::connect(namespace, netlink, interface, pairs, vhost).await?);
+    }
+    Ok(nics)
+}
+
+impl Nic {
+    /// Connects an interface with a tap for a device with so many `pairs` of queues.
+    async fn connect(
+        namespace: &Namespace,
+        netlink: &rtnetlink::Handle,
+        interface: &Interface,
+        pairs: usize,
+        vhost: bool,
+    ) -> Result<Self, NetworkError> {
         let tap = namespace
             .inside(move || tap::open(pairs))
             .await?
@@ -280,7 +332,7 @@ async fn connect(
             tap.name,
             if vhost { " of vhost-net" } else { "" }
         );
-        nics.push(Nic {
+        Ok(Self {
             config: NicConfig {
                 mac: interface.mac,
                 mtu: interface.mtu,
@@ -289,9 +341,13 @@ async fn connect(
             },
             taps: tap.queues,
             vhosts,
-        });
+        })
     }
-    Ok(nics)
+
+    /// In the order in which the worker wants them.
+    fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.taps.iter().chain(&self.vhosts).map(AsFd::as_fd)
+    }
 }
 
 /// Whether the host's datapath is to be used.
@@ -305,7 +361,7 @@ fn has_vhost(datapath: Datapath) -> Result<bool, NetworkError> {
 
 /// As many pairs as the VM has processors, if the descriptors for so many can be passed.
 fn queue_pairs(vcpus: u8, nics: usize, vhost: bool) -> usize {
-    let descriptors = nics * if vhost { 2 } else { 1 };
+    let descriptors = nics.max(1) * if vhost { 2 } else { 1 };
     usize::from(vcpus)
         .min(MAX_DESCRIPTORS / descriptors)
         .clamp(1, MAX_QUEUE_PAIRS)

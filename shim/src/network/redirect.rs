@@ -64,6 +64,14 @@ pub(super) async fn connect(
         .doing(|| format!("redirect {interface} to {tap}"))
 }
 
+/// Takes the redirection of `interface` back. The tap goes with its descriptors.
+pub(super) async fn disconnect(
+    netlink: &Handle,
+    interface: &Interface,
+) -> Result<(), NetworkError> {
+    remove_ours(netlink, interface.index).await.map(drop)
+}
+
 /// Removes every tap and every redirection of ours.
 pub(super) async fn remove(netlink: &Handle) -> Result<(), NetworkError> {
     for link in links(netlink).await? {

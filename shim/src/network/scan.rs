@@ -48,6 +48,14 @@ impl fmt::Display for Interface {
 /// Reads the namespace of the netlink socket.
 pub(super) async fn scan(netlink: &Handle) -> Result<Found, NetworkError> {
     let interfaces = interfaces(&links(netlink).await?)?;
+    read(netlink, interfaces).await
+}
+
+/// Reads what is set in the namespace of the netlink socket, for a guest that has `interfaces`.
+pub(super) async fn read(
+    netlink: &Handle,
+    interfaces: Vec<Interface>,
+) -> Result<Found, NetworkError> {
     if interfaces.is_empty() {
         return Ok(Found::default());
     }
@@ -105,32 +113,53 @@ pub(super) fn name(link: &LinkMessage) -> &str {
         .unwrap_or_default()
 }
 
-/// The interfaces that a guest gets: all that are up, but loopback. One of these that a VM cannot have is an error.
+/// The interfaces that a guest gets: all that are up, but loopback. One of these that a VM cannot have is an error, and so is
+/// a tap of ours: the namespace is another VM's.
 pub(super) fn interfaces(links: &[LinkMessage]) -> Result<Vec<Interface>, NetworkError> {
-    let mut interfaces: Vec<Interface> = Vec::new();
+    if let Some(tap) = links.iter().map(name).find(|name| tap::is_ours(name)) {
+        return Err(NetworkError::InUse {
+            tap: tap.to_owned(),
+        });
+    }
+    // Among those that are down are the ones that the kernel puts into every namespace: tunl0, sit0, ip6tnl0, …
+    for link in links.iter().filter(|link| !is_up(link)) {
+        info!("interface {} is down and not the guest's", name(link));
+    }
+    let (interfaces, unusable) = usable(links);
+    match unusable.into_iter().next() {
+        Some((_, err)) => Err(err),
+        None => Ok(interfaces),
+    }
+}
+
+/// The interfaces that are up, but loopback and our taps: those that a guest can have, and the indices of those that it
+/// cannot, with the reason.
+pub(super) fn usable(links: &[LinkMessage]) -> (Vec<Interface>, Vec<(u32, NetworkError)>) {
+    let (mut interfaces, mut unusable) = (Vec::<Interface>::new(), Vec::new());
     for link in links {
-        if tap::is_ours(name(link)) {
-            return Err(NetworkError::InUse {
-                tap: name(link).to_owned(),
-            });
-        }
-        if link.header.flags.contains(LinkFlags::Loopback) {
+        if link.header.flags.contains(LinkFlags::Loopback)
+            || !is_up(link)
+            || tap::is_ours(name(link))
+        {
             continue;
         }
-        if !link.header.flags.contains(LinkFlags::Up) {
-            // Among them those that the kernel puts into every namespace: tunl0, sit0, ip6tnl0, …
-            info!("interface {} is down and not the guest's", name(link));
-            continue;
+        let usable = interface(link, links).and_then(|interface| {
+            match interfaces.iter().find(|other| other.mac == interface.mac) {
+                Some(other) => Err(format!("it has the same MAC address as {other}")),
+                None => Ok(interface),
+            }
+        });
+        match usable {
+            Ok(interface) => interfaces.push(interface),
+            Err(reason) => unusable.push((link.header.index, unsupported(link, reason))),
         }
-        let interface = interface(link, links).map_err(|reason| unsupported(link, reason))?;
-        if let Some(other) = interfaces.iter().find(|other| other.mac == interface.mac) {
-            let reason = format!("it has the same MAC address as {other}");
-            return Err(unsupported(link, reason));
-        }
-        interfaces.push(interface);
     }
     interfaces.sort_by_key(|interface| interface.index);
-    Ok(interfaces)
+    (interfaces, unusable)
+}
+
+fn is_up(link: &LinkMessage) -> bool {
+    link.header.flags.contains(LinkFlags::Up)
 }
 
 fn unsupported(link: &LinkMessage, reason: String) -> NetworkError {

@@ -22,7 +22,7 @@ use rtnetlink::packet_route::{AddressFamily as RouteFamily, RouteNetlinkMessage}
 use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use serde_json::json;
 
-use super::scan::{Found, interfaces, links, name};
+use super::scan::{Found, interfaces, links, name, usable};
 use super::settings::messages;
 use super::*;
 use crate::vmm::Worker;
@@ -89,6 +89,30 @@ fn interfaces_that_are_up_are_the_guests() {
     assert_eq!(found.len(), 2);
     assert_eq!(found[0], expected);
     assert_eq!(found[1].name, "net1");
+}
+
+#[test]
+fn later_interfaces_are_taken_beside_what_is_ours_and_what_no_vm_can_have() {
+    let eth0 = link(2, "eth0", InfoKind::Veth);
+    let tap = link(3, "tap0_husk", InfoKind::Tun);
+    let mut down = link(4, "down", InfoKind::Veth);
+    down.header.flags = LinkFlags::empty();
+    let mut odd = link(5, "odd", InfoKind::IpVlan);
+    odd.header.flags |= LinkFlags::Noarp;
+    let mut twin = link(6, "twin", InfoKind::Veth);
+    twin.attributes = eth0.attributes.clone();
+    let (there, unusable) = usable(&[eth0, tap, down, odd, twin]);
+    assert_eq!(there.len(), 1);
+    assert_eq!(there[0].name, "eth0");
+    let unusable: Vec<_> = unusable
+        .iter()
+        .map(|(index, reason)| (*index, reason.to_string()))
+        .collect();
+    assert_eq!(unusable.len(), 2);
+    assert_eq!(unusable[0].0, 5);
+    assert!(unusable[0].1.contains("it works on layer 3"));
+    assert_eq!(unusable[1].0, 6);
+    assert!(unusable[1].1.contains("the same MAC address as eth0"));
 }
 
 #[test]
@@ -531,6 +555,9 @@ async fn namespace_without_an_interface_that_is_up_gives_no_device() {
     pod.netlink.link().set(down).execute().await.unwrap();
     let network = pod.set_up(1).await.unwrap();
     assert!(network.nics().is_empty() && network.guest().is_none());
+    // Something may come later.
+    assert!(pod.record().exists());
+    network.remove().await;
     assert!(!pod.record().exists());
 }
 

@@ -8,6 +8,9 @@
 //! spawn ─► parked ──start──► serving ──stop──► parked ─► … ─► dropped: joined
 //!                               └─ error: DEVICE_NEEDS_RESET, waits for stop
 //! ```
+//!
+//! It waits by epoll itself. The crate event-manager is for one thread that serves many subscribers, none of which can fail:
+//! here a thread has one device, which can, and a failure is to end its loop.
 
 use std::error::Error;
 use std::fmt;
