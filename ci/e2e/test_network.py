@@ -240,6 +240,8 @@ class Network(Case):
                 pod.ip("link", "del", "net1")
                 wait_until(lambda: "net1" not in task.exec("ls", "/sys/class/net").out, "the interface to be gone")
                 task.exec("ping", "-c", "1", HOST4, code=0)
+        task.ctr("kill", "-s", "SIGKILL", code=0)
+        task.wait_for("STOPPED")
         task.end()
         self.assertEqual(pod.traces(), before)
 
