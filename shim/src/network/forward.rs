@@ -10,6 +10,7 @@ use husk_protocol::{FORWARD_CONNECTED, FORWARD_PORT};
 use log::{debug, warn};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
 
 use super::error::NetworkError;
 use super::namespace::Namespace;
@@ -44,14 +45,25 @@ impl Forward {
 
     /// Relays connections to the guest of `worker`, for ever.
     pub(crate) async fn serve(self, worker: Worker) {
+        let mut relays = JoinSet::new();
         loop {
-            match self.listener.accept().await {
+            let accepted = tokio::select! {
+                accepted = self.listener.accept() => accepted,
+                Some(_) = relays.join_next() => continue,
+            };
+            match accepted {
                 Ok((client, _)) => {
-                    tokio::spawn(relay(client, worker.clone()));
+                    relays.spawn(relay(client, worker.clone()));
                 }
+                // The client has gone meanwhile.
+                Err(err) if err.kind() == io::ErrorKind::ConnectionAborted => {}
+                // Most likely there are no descriptors left; a relay that ends gives some back.
                 Err(err) => {
-                    warn!("ports of the pod are not forwarded any more: {err}");
-                    return;
+                    warn!("a connection to a port of the pod has to wait: {err}");
+                    if relays.join_next().await.is_none() {
+                        warn!("ports of the pod are not forwarded any more: {err}");
+                        return;
+                    }
                 }
             }
         }
