@@ -147,7 +147,7 @@ mod tests {
         let error = adapt(&mut linux, guest).expect_err("the guest lacks it");
         assert_eq!(
             error.to_string(),
-            "device /dev/sda does not exist in the guest"
+            "device /dev/sda does not exist in the guest, which has only devices of its own"
         );
     }
 

@@ -38,7 +38,7 @@ pub(crate) enum Error {
     },
     #[error("{0}")]
     Invalid(String),
-    #[error("device {path} does not exist in the guest")]
+    #[error("device {path} does not exist in the guest, which has only devices of its own")]
     NoDevice { path: String },
     /// The working directory of an exec, which, other than that of the first process, is not made.
     #[error("working directory {path}: no such file or directory in the container")]

@@ -108,7 +108,7 @@ pub(crate) enum Error {
         #[source]
         source: io::Error,
     },
-    #[error("cannot open the guest's {what} {}", path.display())]
+    #[error("cannot open the guest's {what} {}, the one of vm.{what} in husk.toml", path.display())]
     GuestFile {
         what: &'static str,
         path: PathBuf,
@@ -134,7 +134,7 @@ pub(crate) enum Error {
     },
     #[error("the VM cannot be started: {0}")]
     BootRefused(String),
-    #[error("the guest did not come up within {} s{console}", limit.as_secs())]
+    #[error("the guest did not come up within the {} s of vm.boot_timeout_s in husk.toml{console}", limit.as_secs())]
     BootTimeout { limit: Duration, console: String },
     #[error("cannot connect to port {port} of the guest: {message}")]
     Connect { port: u32, message: String },
@@ -179,11 +179,11 @@ impl Error {
             | Self::InvalidRequest { .. }
             | Self::UnknownOptions(_)
             | Self::Config(_)
-            | Self::ReadSpec { .. }
             | Self::UnsupportedSpec(_)
             | Self::TooLittleMemory { .. }
             | Self::UnknownScheme { .. } => Code::INVALID_ARGUMENT,
             Self::WrongState { .. }
+            | Self::ReadSpec { .. }
             | Self::ExecInState { .. }
             | Self::Storage { .. }
             | Self::MountRootfs { .. }
@@ -201,9 +201,9 @@ impl Error {
             | Self::Connect { .. } => Code::UNKNOWN,
             Self::BootTimeout { .. } | Self::AgentTimeout { .. } => Code::DEADLINE_EXCEEDED,
             Self::VmEnded(_) | Self::AgentGone { .. } | Self::Abandoned => Code::UNAVAILABLE,
-            // A runtime that fails, as runc's shim tells it.
+            // A runtime that fails, whatever it was that it did not like, as runc's shim tells it.
             Self::Agent {
-                code: Code::INTERNAL,
+                code: Code::INTERNAL | Code::INVALID_ARGUMENT,
                 ..
             } => Code::UNKNOWN,
             Self::Agent { code, .. } => *code,

@@ -34,11 +34,11 @@ fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     if arguments
         .first()
-        .is_some_and(|role| role == vmm::WORKER_ROLE)
+        .is_some_and(|role| role == husk_vmm::worker::ROLE)
     {
-        // SAFETY: `vmm::spawn` passes the control socket as this descriptor, and nothing in this new process has taken
+        // SAFETY: `husk_vmm::worker::command` passes the control socket as this descriptor, and nothing in this new process has taken
         // it before.
-        let control = unsafe { OwnedFd::from_raw_fd(vmm::WORKER_SOCKET) };
+        let control = unsafe { OwnedFd::from_raw_fd(husk_vmm::worker::SOCKET) };
         return husk_vmm::worker::main(control);
     }
     match start::main(&arguments) {

@@ -201,6 +201,8 @@ pub(crate) fn drop_host_resources(resources: &mut LinuxResources) {
     // Names of the host's interfaces, and its adapters.
     resources.set_network(None);
     resources.set_rdma(None);
+    // Large pages that the host has set aside.
+    resources.set_hugepage_limits(None);
 }
 
 fn is_bind(mount: &Mount) -> bool {
@@ -371,8 +373,16 @@ fn drop_host_linux(linux: &mut Linux, kind: &Kind) -> Result<(), Error> {
     linux.set_cgroups_path(None);
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
-    linux.set_net_devices(None);
-    linux.set_memory_policy(None);
+    for (what, is_asked_for) in [
+        ("netDevices", linux.net_devices().is_some()),
+        ("memoryPolicy", linux.memory_policy().is_some()),
+    ] {
+        if is_asked_for {
+            return Err(Error::UnsupportedSpec(format!(
+                "asks for {what}, which names what the host has and the guest has not: leave it out"
+            )));
+        }
+    }
     Ok(())
 }
 
@@ -422,6 +432,18 @@ mod tests {
 
     fn guest_json(divided: &Divided) -> Value {
         serde_json::to_value(&divided.guest).unwrap()
+    }
+
+    #[test]
+    fn what_only_the_host_has_is_refused_by_name() {
+        for (what, value) in [
+            ("netDevices", json!({"eth9": {"name": "eth0"}})),
+            ("memoryPolicy", json!({"mode": "MPOL_BIND", "nodes": "0"})),
+        ] {
+            let refused = spec(json!({"linux": {what: value}}));
+            let err = divide(refused, "c").unwrap_err();
+            assert!(err.to_string().contains(what), "{err}");
+        }
     }
 
     #[test]

@@ -44,7 +44,6 @@ use crate::service::TaskService;
 use crate::service::sandbox::SandboxService;
 use crate::storage::Share;
 use crate::task::create::{NETWORK_FILE, WORKER_PID_FILE};
-use crate::vmm::WORKER_ROLE;
 
 /// The name by which containerd selects this runtime.
 const RUNTIME_NAME: &str = "io.containerd.husk.v2";
@@ -71,7 +70,7 @@ const STARTED: &str = "HUSK_SHIM_STARTED_MS";
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
 /// What a mount may be given beside what its file system knows. `rro` is what containerd looks for.
-const MOUNT_OPTIONS: [&str; 32] = [
+const MOUNT_OPTIONS: &[&str] = &[
     "async",
     "atime",
     "bind",
@@ -91,17 +90,22 @@ const MOUNT_OPTIONS: [&str; 32] = [
     "norelatime",
     "nostrictatime",
     "nosuid",
+    "nosymfollow",
     "private",
     "rbind",
     "relatime",
     "ro",
     "rprivate",
     "rro",
+    "rshared",
     "rslave",
+    "runbindable",
     "rw",
+    "shared",
     "slave",
     "strictatime",
     "suid",
+    "symfollow",
     "sync",
     "unbindable",
 ];
@@ -454,7 +458,7 @@ fn is_worker(pid: i32) -> bool {
     fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|cmdline| {
         let mut arguments = cmdline.split(|&byte| byte == 0);
         arguments.next() == Some(env!("CARGO_BIN_NAME").as_bytes())
-            && arguments.next() == Some(WORKER_ROLE.as_bytes())
+            && arguments.next() == Some(husk_vmm::worker::ROLE.as_bytes())
     })
 }
 

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use husk_protocol::{AGENT_PORT, GUEST_CID, READY_PORT, SHARE_TAG};
 use husk_vmm::config::{ShareConfig, VmConfig};
-use husk_vmm::control::{Event, ExitReason};
+use husk_vmm::control::Event;
 use log::{info, warn};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
@@ -161,21 +161,24 @@ impl Vm {
             guest_cid: GUEST_CID,
             ready_port: READY_PORT,
         };
-        let mut files = vec![kernel.as_fd(), initramfs.as_fd(), console_writer.as_fd()];
-        files.extend(network.descriptors());
         let limit = config.boot_timeout();
-        let booted = starting.boot(vm_config, &files, limit).await;
-        // The worker has its copies.
-        drop((kernel, initramfs, console_writer));
-        network.close();
         let started = async {
-            booted?;
-            let booted = Instant::now();
-            starting.ready(limit).await?;
-            let ready = Instant::now();
-            let stream = starting.connect_agent().await?;
+            let agent = async {
+                let mut files = vec![kernel.as_fd(), initramfs.as_fd(), console_writer.as_fd()];
+                files.extend(network.descriptors());
+                starting.boot(vm_config, &files).await?;
+                // The worker has its copies.
+                drop((kernel, initramfs, console_writer));
+                network.close();
+                let booted = Instant::now();
+                starting.ready().await?;
+                let ready = Instant::now();
+                let stream = starting.connect_agent().await?;
+                Ok((Agent::new(stream, starting.end.clone()), booted, ready))
+            };
+            let agent = tokio::time::timeout(limit, agent).await;
+            let (agent, booted, ready) = agent.map_err(|_| starting.too_late(limit))??;
             let connected = Instant::now();
-            let agent = Agent::new(stream, starting.end.clone());
             if let Some(request) = network.guest() {
                 agent.update_network(request).await?;
             }
@@ -371,19 +374,11 @@ impl Starting {
         }
     }
 
-    async fn boot(
-        &self,
-        config: VmConfig,
-        files: &[BorrowedFd<'_>],
-        limit: Duration,
-    ) -> Result<(), Error> {
-        match tokio::time::timeout(limit, self.worker.0.boot(config, files)).await {
+    async fn boot(&self, config: VmConfig, files: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        match self.worker.0.boot(config, files).await {
             // The worker died of it. Its exit status says more than the socket's.
-            Ok(Err(Error::WorkerSocket(_))) => {
-                Err(Error::VmEnded(self.end.wait().await.to_string()))
-            }
-            Ok(result) => result,
-            Err(_) => Err(self.too_late(limit)),
+            Err(Error::WorkerSocket(_)) => Err(Error::VmEnded(self.end.wait().await.to_string())),
+            result => result,
         }
     }
 
@@ -394,16 +389,11 @@ impl Starting {
         }
     }
 
-    async fn ready(&mut self, limit: Duration) -> Result<(), Error> {
-        let ready = self.ready.wait_for(|&ready| ready);
-        let ready = tokio::time::timeout(limit, ready)
-            .await
-            .map(|ready| ready.is_ok());
-        match ready {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(Error::VmEnded(self.end.wait().await.to_string())),
-            Err(_) => Err(self.too_late(limit)),
+    async fn ready(&mut self) -> Result<(), Error> {
+        if self.ready.wait_for(|&ready| ready).await.is_ok() {
+            return Ok(());
         }
+        Err(Error::VmEnded(self.end.wait().await.to_string()))
     }
 
     async fn connect_agent(&self) -> Result<UnixStream, Error> {
@@ -497,7 +487,7 @@ impl Watcher {
         let reason = if self.stopped.load(Ordering::Relaxed) {
             "it was shut down".to_owned()
         } else {
-            let reason = exit.map_or_else(|| worker_death(status), |reason| describe(&reason));
+            let reason = exit.map_or_else(|| worker_death(status), |reason| reason.to_string());
             format!(
                 "{reason}{}{}",
                 self.console.1.epilogue("the guest's console"),
@@ -507,20 +497,6 @@ impl Watcher {
         info!("the VM has ended: {reason}");
         // `ready` is dropped after `end` has its value, so that who waits for either finds a reason.
         self.end.send_replace(Some(reason.into()));
-    }
-}
-
-fn describe(reason: &ExitReason) -> String {
-    match reason {
-        ExitReason::PowerOff => "the guest powered off".to_owned(),
-        // Nothing in the guest asks for one; what containers may call ends their PID namespace.
-        ExitReason::Reset => {
-            "the guest reset itself, as its kernel does when it panics early in the boot".to_owned()
-        }
-        ExitReason::TripleFault => "a vCPU took a triple fault".to_owned(),
-        ExitReason::Panic => "the guest's kernel panicked".to_owned(),
-        ExitReason::VcpuFailed { vcpu, message } => format!("vCPU {vcpu} failed: {message}"),
-        ExitReason::DeviceFailed { message } => format!("a device failed: {message}"),
     }
 }
 
@@ -564,7 +540,7 @@ mod tests {
             .unwrap_err();
         assert_eq!(
             err.chain(),
-            "cannot open the guest's kernel /absent/vmlinux: no such file or directory"
+            "cannot open the guest's kernel /absent/vmlinux, the one of vm.kernel in husk.toml: no such file or directory"
         );
     }
 

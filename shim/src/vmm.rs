@@ -6,18 +6,18 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use command_fds::{CommandFdExt, FdMapping};
 use husk_vmm::config::{NicConfig, VmConfig};
 use husk_vmm::control::{self, Call, Event, Message, Reply, Request, Resize};
+use husk_vmm::worker;
 use log::error;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
+use nix::sys::socket::{Shutdown, shutdown};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
@@ -26,12 +26,6 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::error::Error;
 use crate::size::VmSize;
-
-/// The first argument that makes this program a worker.
-pub(crate) const WORKER_ROLE: &str = "vmm-worker";
-
-/// The descriptor on which a worker finds its control socket.
-pub(crate) const WORKER_SOCKET: i32 = 3;
 
 /// How long a guest may take to accept a connection: long, since it can be busy; not for ever, since it can be hostile.
 const CONNECT_LIMIT: Duration = Duration::from_secs(30);
@@ -55,31 +49,12 @@ struct Connection {
 /// It dies with the thread that called this (PR_SET_PDEATHSIG counts threads, not processes), so the caller has to be on
 /// the shim's main thread: on the thread of the single-threaded runtime, never in `spawn_blocking`.
 pub(crate) fn spawn() -> Result<(Child, OwnedFd), Error> {
-    let (ours, theirs) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )
-    .map_err(|errno| Error::SpawnWorker(errno.into()))?;
-    let mut command = Command::new("/proc/self/exe");
-    command
-        .arg0(env!("CARGO_BIN_NAME"))
-        .arg(WORKER_ROLE)
-        .env_clear()
-        .env(husk_vmm::worker::LOG_LEVEL, log::max_level().as_str())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
+    let (mut command, ours) = worker::command("/proc/self/exe").map_err(Error::SpawnWorker)?;
+    command.arg0(env!("CARGO_BIN_NAME"));
+    let child = Command::from(command)
         .kill_on_drop(true)
-        .fd_mappings(vec![FdMapping {
-            parent_fd: theirs,
-            child_fd: WORKER_SOCKET,
-        }])
-        .expect("one descriptor cannot collide");
-    // `command`, and with it our copy of the worker's end, is dropped here: else the end of the worker would not close
-    // the socket.
-    let child = command.spawn().map_err(Error::SpawnWorker)?;
+        .spawn()
+        .map_err(Error::SpawnWorker)?;
     // containerd protects its shims from the host's OOM killer. The VM is the workload: it must not be spared for it.
     let pid = child.id().expect("not yet waited for");
     set_oom_score_adj(pid, 0)?;
@@ -288,6 +263,7 @@ pub(crate) mod tests {
     use std::os::unix::net::UnixStream as StdStream;
 
     use husk_vmm::control::ExitReason;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;

@@ -8,6 +8,7 @@
 //! they fail with [`FrameError::would_block`], which is how an event loop (or tokio's `AsyncFd`) wants it.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -150,11 +151,23 @@ pub enum ExitReason {
         /// One sentence.
         message: String,
     },
-    /// A device's worker failed in a way that ends the VM.
-    DeviceFailed {
-        /// One sentence.
-        message: String,
-    },
+}
+
+impl fmt::Display for ExitReason {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => formatter.write_str("the guest powered off"),
+            // Nothing in the guest asks for one; what containers may call ends their PID namespace.
+            Self::Reset => formatter.write_str(
+                "the guest reset itself, as its kernel does when it panics early in the boot",
+            ),
+            Self::TripleFault => formatter.write_str("a vCPU took a triple fault"),
+            Self::Panic => formatter.write_str("the guest's kernel panicked"),
+            Self::VcpuFailed { vcpu, message } => {
+                write!(formatter, "vCPU {vcpu} failed: {message}")
+            }
+        }
+    }
 }
 
 /// Why a message could not be sent or received. After any of these but [`FrameError::would_block`] the socket is of no

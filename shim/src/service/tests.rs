@@ -494,7 +494,7 @@ async fn exec_that_cannot_start_says_why_and_can_be_deleted() {
     fixture.start("").await.unwrap();
     fixture.exec("broken").await.unwrap();
     let (code, message) = code(fixture.start("broken").await);
-    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert_eq!(code, Code::UNKNOWN);
     assert!(message.contains("no such program"), "{message}");
     fixture.wait("broken").await.unwrap();
     fixture.delete("broken").await.unwrap();
@@ -729,7 +729,7 @@ async fn failed_create_gives_the_id_back() {
     };
     for _ in 0..2 {
         let (create, message) = code(fixture.task.create(Context::default(), &req).await);
-        assert_eq!(create, Code::INVALID_ARGUMENT);
+        assert_eq!(create, Code::UNKNOWN);
         assert!(message.contains("/absent/config.json"), "{message}");
     }
 }

@@ -15,17 +15,56 @@ mod logger;
 mod seccomp;
 mod service;
 
+use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::process::ExitCode;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::process::{Command, ExitCode, Stdio};
+
+use command_fds::{CommandFdExt, FdMapping};
 
 use rustix::process::Signal;
+
+/// The first argument that makes the shim's program a worker.
+pub const ROLE: &str = "vmm-worker";
+
+/// The descriptor on which a worker finds its control socket.
+pub const SOCKET: RawFd = 3;
 
 /// The variable of the environment that holds the level of the worker's log, by the names of the crate `log`.
 pub const LOG_LEVEL: &str = "HUSK_LOG";
 
 /// What ps(1) shows in the column of names.
 const PROCESS_NAME: &std::ffi::CStr = c"husk-vmm";
+
+/// What starts a worker from `program`, the shim's, with a piped standard error; and the caller's end of its control socket.
+///
+/// The worker dies with the thread that spawns it. The command holds the worker's end of the socket: as long as it is not
+/// dropped, the end of the worker does not close the socket.
+///
+/// # Errors
+/// Of socketpair(2).
+pub fn command(program: impl AsRef<OsStr>) -> io::Result<(Command, OwnedFd)> {
+    let (ours, theirs) = rustix::net::socketpair(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::SEQPACKET,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )?;
+    let mut command = Command::new(program);
+    command
+        .arg(ROLE)
+        .env_clear()
+        .env(LOG_LEVEL, log::max_level().as_str())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .fd_mappings(vec![FdMapping {
+            parent_fd: theirs,
+            child_fd: SOCKET,
+        }])
+        .expect("one descriptor cannot collide");
+    Ok((command, ours))
+}
 
 /// Runs the worker on the control socket `control` and returns the process's exit code.
 ///

@@ -144,6 +144,8 @@ struct Service<M> {
 }
 
 impl<M: Machine> Service<M> {
+    /// Epoll itself rather than event-manager, whose subscribers do not know of each other: here the end of one source is the
+    /// end of all, the order of what is told counts, and there is a deadline.
     fn serve(&mut self) -> Result<(), WorkerError> {
         let epoll = self.watch().map_err(|err| WorkerError::Wait(err.into()))?;
         let mut events = Vec::with_capacity(EVENTS_PER_WAIT);

@@ -1,16 +1,18 @@
-//! Whether a virtual machine starts: the configured kernel and initramfs are booted until the agent is ready, as for a pod
-//! but for the jail.
+//! Whether a virtual machine starts: the configured kernel and initramfs are booted until the agent is ready, by a worker of
+//! the shim's, in its jail and with its filters, as for a pod.
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use husk_protocol::{GUEST_CID, READY_PORT};
-use husk_vmm::config::VmConfig;
-use husk_vmm::{Confinement, VmFiles, Vmm};
+use husk_protocol::{GUEST_CID, READY_PORT, SHARE_TAG};
+use husk_vmm::config::{ShareConfig, VmConfig};
+use husk_vmm::control::{self, Call, Event, Message, Request};
+use husk_vmm::worker;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 
 use super::report::Problem;
 
@@ -22,60 +24,97 @@ Kernel and initramfs have to be those of one version of Husk: install all of one
 const CANNOT_BUILD: &str =
     "The kernel or the initramfs is damaged, or this machine lacks what the message names.";
 
-pub(super) fn check(vm: &husk_config::Vm) -> Result<String, Problem> {
+/// Boots with a worker of `shim`, the program.
+pub(super) fn check(vm: &husk_config::Vm, shim: &Path) -> Result<String, Problem> {
     let begin = Instant::now();
-    let (console, output) = io::pipe().map_err(|err| failed(&err))?;
-    let (ready, announce) = io::pipe().map_err(|err| failed(&err))?;
+    let share = tempfile::tempdir().map_err(|err| failed(&err))?;
     let config = VmConfig {
         vcpus: 1,
         max_vcpus: 1,
         memory_mib: vm.memory_mib(),
         max_memory_mib: vm.memory_mib(),
         kernel_params: vm.kernel_params().to_owned(),
-        shares: Vec::new(),
+        shares: vec![ShareConfig {
+            tag: SHARE_TAG.to_owned(),
+            path: share.path().to_owned(),
+        }],
         disks: Vec::new(),
         nics: Vec::new(),
         guest_cid: GUEST_CID,
         ready_port: READY_PORT,
     };
-    let files = VmFiles {
-        kernel: open(vm.kernel())?,
-        initramfs: open(vm.initramfs())?,
-        console: OwnedFd::from(output).into(),
-        disks: Vec::new(),
-        nics: Vec::new(),
+    let (kernel, initramfs) = (open(vm.kernel())?, open(vm.initramfs())?);
+    let (console, output) = io::pipe().map_err(|err| failed(&err))?;
+    let (mut command, socket) = worker::command(shim).map_err(|err| failed(&err))?;
+    let mut worker = command.spawn().map_err(|err| failed(&err))?;
+    drop(command);
+    let console = std::thread::spawn(move || last_lines(console));
+    let errors = worker.stderr.take().expect("it is piped");
+    let errors = std::thread::spawn(move || last_lines(errors));
+    let request = Request {
+        id: 0,
+        call: Call::Boot(config),
     };
-    // Closing its writer makes the reader readable.
-    let vmm = Vmm::new(&config, files, move || drop(announce), Confinement::NONE)
-        .map_err(|err| Problem::from_error(&err, CANNOT_BUILD))?;
-    let lines = std::thread::spawn(move || last_lines(console));
-    vmm.start()
-        .map_err(|err| Problem::from_error(&err, CANNOT_BUILD))?;
-
-    let mut waited_for = [
-        PollFd::new(&ready, PollFlags::IN),
-        PollFd::new(&vmm, PollFlags::IN),
-    ];
+    let files = [kernel.as_fd(), initramfs.as_fd(), output.as_fd()];
+    let sent = control::send(&socket, &request, &files).map_err(io::Error::from);
+    drop(output);
     let limit = vm.boot_timeout();
-    poll(&mut waited_for, Some(&timespec(limit))).map_err(|err| failed(&err.into()))?;
-    let is_ready = !waited_for[0].revents().is_empty();
+    let outcome = sent.and_then(|()| outcome(&socket, begin + limit));
     let took = begin.elapsed();
-    let reason = vmm.exit_reason();
-    drop(vmm);
-    // The console's only writer has gone with the VM.
-    let lines = lines.join().unwrap_or_default();
-    if is_ready {
-        return Ok(format!("a guest was ready after {} ms", took.as_millis()));
+    // The worker ends with it, and with the worker the writers of console and errors.
+    drop(socket);
+    let ended = worker.wait();
+    let said = [("console", console), ("worker", errors)].map(|(who, lines)| {
+        match lines.join().unwrap_or_default().as_str() {
+            "" => format!("Its {who} said nothing."),
+            lines => format!("Its {who} ended with\n{lines}"),
+        }
+    });
+    let what = match outcome.map_err(|err| failed(&err))? {
+        Outcome::Ready => return Ok(format!("a guest was ready after {} ms", took.as_millis())),
+        Outcome::Refused(message) => return Err(Problem::new(message, CANNOT_BUILD)),
+        Outcome::Ended(reason) => format!("the VM ended before its guest was ready: {reason}"),
+        Outcome::WorkerEnded => {
+            let status = ended.map_or_else(|err| err.to_string(), |status| status.to_string());
+            format!("the VM's process ended before the guest was ready ({status})")
+        }
+        Outcome::TooLate => format!("the guest was not ready after {} s", limit.as_secs()),
+    };
+    Err(Problem::new(
+        what,
+        format!("{LOOK_AT_CONSOLE}\n{}", said.join("\n")),
+    ))
+}
+
+/// How a boot came out.
+enum Outcome {
+    Ready,
+    /// The VM was not even built; with the reason.
+    Refused(String),
+    Ended(control::ExitReason),
+    WorkerEnded,
+    TooLate,
+}
+
+/// Waits for what the worker says, until `deadline`.
+fn outcome(socket: &OwnedFd, deadline: Instant) -> io::Result<Outcome> {
+    loop {
+        let left = timespec(deadline.saturating_duration_since(Instant::now()));
+        let mut waited_for = [PollFd::new(socket, PollFlags::IN)];
+        if retry_on_intr(|| poll(&mut waited_for, Some(&left)))? == 0 {
+            return Ok(Outcome::TooLate);
+        }
+        match control::recv::<Message>(socket)? {
+            None => return Ok(Outcome::WorkerEnded),
+            Some((Message::Event(Event::Ready), _)) => return Ok(Outcome::Ready),
+            Some((Message::Event(Event::Exited(reason)), _)) => return Ok(Outcome::Ended(reason)),
+            Some((Message::Reply { result, .. }, _)) => {
+                if let Err(message) = result {
+                    return Ok(Outcome::Refused(message));
+                }
+            }
+        }
     }
-    let what = match reason {
-        Some(reason) => format!("the guest ended before it was ready ({reason:?})"),
-        None => format!("the guest was not ready after {} s", limit.as_secs()),
-    };
-    let console = match lines.as_str() {
-        "" => "Its console said nothing.".to_owned(),
-        lines => format!("Its console ended with\n{lines}"),
-    };
-    Err(Problem::new(what, format!("{LOOK_AT_CONSOLE}\n{console}")))
 }
 
 fn open(path: &Path) -> Result<File, Problem> {

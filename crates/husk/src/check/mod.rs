@@ -42,15 +42,18 @@ pub(crate) fn run(config: Option<&Path>) -> Report {
         None => ["kernel", "initramfs"]
             .map(|subject| Finding::skipped(subject, "the configuration says where it is")),
     });
-    let can_boot = findings.iter().all(Finding::is_ok);
-    findings.push(match vm {
-        Some(vm) if can_boot => Finding::new("boot", boot::check(vm)),
-        _ => Finding::skipped("boot", "needs all of the above"),
-    });
+    let shim = shim::check(std::env::var_os("PATH").as_deref());
     findings.push(Finding::new(
         "shim",
-        shim::check(std::env::var_os("PATH").as_deref()),
+        shim.as_ref()
+            .map(|(path, version)| format!("{}, version {version}", path.display()))
+            .map_err(Clone::clone),
     ));
+    let can_boot = findings.iter().all(Finding::is_ok);
+    findings.push(match (vm, &shim) {
+        (Some(vm), Ok((path, _))) if can_boot => Finding::new("boot", boot::check(vm, path)),
+        _ => Finding::skipped("boot", "needs all of the above"),
+    });
     Report::new(findings)
 }
 

@@ -15,7 +15,8 @@ Install it into a folder of containerd's PATH, for example /usr/local/bin. (What
 const REPLACE: &str =
     "Shim, guest and this tool are built and installed together: install all of one version.";
 
-pub(super) fn check(search_path: Option<&OsStr>) -> Result<String, Problem> {
+/// Returns the program and its version.
+pub(super) fn check(search_path: Option<&OsStr>) -> Result<(PathBuf, String), Problem> {
     let path = search_path
         .and_then(find)
         .ok_or_else(|| Problem::new(format!("there is no {BINARY} on the PATH"), INSTALL))?;
@@ -33,7 +34,7 @@ pub(super) fn check(search_path: Option<&OsStr>) -> Result<String, Problem> {
     if version != own {
         return Err(problem(format!("is version {version}, this tool is {own}")));
     }
-    Ok(format!("{}, version {version}", path.display()))
+    Ok((path, version))
 }
 
 /// The first executable file of that name in a list of folders such as `$PATH`.
@@ -69,7 +70,7 @@ mod tests {
         fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
     }
 
-    fn check_fake(script: &str, mode: u32) -> Result<String, Problem> {
+    fn check_fake(script: &str, mode: u32) -> Result<(PathBuf, String), Problem> {
         let folder = tempfile::tempdir().unwrap();
         fake_shim(folder.path(), script, mode);
         check(Some(folder.path().as_os_str()))
