@@ -109,9 +109,9 @@ def create(container, rootfs):
     return call("Create", container, {3: rootfs})
 
 
-def execute(container, exec_id, *args):
+def execute(container, exec_id, *args, cwd="/"):
     """Adds a process whose streams are /dev/null."""
-    process = {"args": list(args), "cwd": "/", "user": {"uid": 0, "gid": 0}, "env": ["PATH=/bin"]}
+    process = {"args": list(args), "cwd": cwd, "user": {"uid": 0, "gid": 0}, "env": ["PATH=/bin"]}
     return call("Exec", container, {6: any_of("Process", process), 7: exec_id})
 
 

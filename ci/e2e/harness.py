@@ -486,11 +486,11 @@ class Case(unittest.TestCase):
             self.ctr("images", "unmount", "--rm", target, code=0)
         return copy
 
-    def create_task(self, rootfs):
+    def create_task(self, rootfs, runtime=None):
         """Asks containerd itself for a task with this root (api.mount), which sleeps once started; returns it with the answer."""
         task = Task(self, self.name())
         self.addCleanup(self.remove, task.name)
-        self.ctr("c", "create", "--runtime", RUNTIMES[self.runtime], IMAGE, task.name, "sleep", "1000", code=0)
+        self.ctr("c", "create", "--runtime", RUNTIMES[runtime or self.runtime], IMAGE, task.name, "sleep", "1000", code=0)
         return task, api.create(task.name, rootfs)
 
     def run_spec(self, edit, *command, runtime=None, name=None, detached=False, **kwargs):

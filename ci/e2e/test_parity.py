@@ -107,6 +107,28 @@ class Parity(Case):
             say("deleted", *of_a_process(task.name, None))
         self.compare(script)
 
+    def test_codes_before_the_start(self):
+        def script(runtime, note):
+            def say(when, *answers):
+                for answer in answers:
+                    note(when, f"{answer.method} {answer.code}")
+
+            root = [api.mount("bind", self.rootfs(), "rbind", "rw")]
+            for bad in api.mount("bind", "/no/such/folder", "rbind", "rw"), api.mount("nonsense", self.rootfs()):
+                say("cannot be created", self.create_task([bad], runtime)[1])
+            task, created = self.create_task(root, runtime)
+            say("created", created, api.call("Get", task.name), api.call("ListPids", task.name), api.call("Resume", task.name),
+                api.update(task.name, {"pids": {"limit": 1000}}), api.call("CloseIO", task.name, {3: 1}),
+                api.call("ResizePty", task.name, {3: 80, 4: 24}))
+            say("started", api.call("Start", task.name), api.execute(task.name, "lost", "true", cwd="/no/such/folder"),
+                api.call("Start", task.name, {2: "lost"}), api.call("DeleteProcess", task.name, {2: "lost"}))
+            task, created = self.create_task(root, runtime)
+            say("killed before", created, api.call("Kill", task.name, {3: 9}), api.call("Wait", task.name),
+                api.call("Start", task.name), api.call("Delete", task.name))
+            task, created = self.create_task(root, runtime)
+            say("deleted before", created, api.call("Delete", task.name), api.call("Get", task.name))
+        self.compare(script)
+
     def test_attach(self):
         def script(runtime, note):
             task = self.start("sh", "-c", "while read -r line; do echo got $line; echo err >&2; [ $line = last ] && exit 6; done", runtime=runtime)
