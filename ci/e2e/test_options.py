@@ -30,7 +30,7 @@ class Options(Case):
         self.assertEqual(self.output_of("pwd", options=["--cwd", "/new/folder"]), "/new/folder")
 
     def test_user_and_hostname(self):
-        if runtime_version() < (2, 0):
+        if runtime_version() < (1, 7):
             self.skipTest("this ctr has no --user and no --hostname; spec.user_and_hostname has the same by specification")
         out = self.output_of("sh", "-c", "id; hostname", options=["--user", "alice", "--hostname", "pear"])
         self.assertEqual(out.splitlines(), ["uid=1000(alice) gid=1000(alice) groups=29(audio),44(video),1000(alice)", "pear"])
@@ -134,6 +134,13 @@ class Options(Case):
     def test_device(self):
         out = self.output_of("sh", "-c", "test -c /dev/fuse && : 3<>/dev/fuse && echo opened", options=["--device", "/dev/fuse"])
         self.assertEqual(out, "opened")
+
+    def test_device_that_the_guest_has_not(self):
+        if self.runtime != "husk":
+            self.skipTest("runc's containers have the machine's devices")
+        # Of the node, which is where ctr looks.
+        refused = self.run_container("true", options=["--device", "/dev/kvm"], code=1)
+        self.assertIn("device /dev/kvm does not exist in the guest", refused.err)
 
     def test_devices_of_every_container(self):
         out = self.output_of(

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use husk_vmm::control::Resize;
+
 use crate::support::{self, Guest};
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -33,13 +35,20 @@ pub(crate) fn resident() -> u64 {
 #[test]
 fn memory_that_the_guest_frees_goes_back_to_the_host() {
     support::require_kvm!();
-    let guest = Guest::new(
+    // A second processor is the word to go on.
+    let mut guest = Guest::new(
         "mount -t tmpfs t /mnt; head -c 64m /dev/zero > /mnt/file; echo HUSK filled\n\
-         sleep 2; rm /mnt/file; sleep 1000\n",
+         until [ -e /sys/devices/system/cpu/cpu1 ]; do sleep 0.1; done; rm /mnt/file; sleep 1000\n",
     );
+    guest.config.max_vcpus = 2;
     let running = guest.start();
     running.console.wait_for("HUSK filled\n");
     let filled = resident();
+    let grow = Resize {
+        vcpus: Some(2),
+        memory_mib: None,
+    };
+    running.vmm.resize(grow).unwrap();
     // What of it is in pieces of less than 2 MiB stays.
     wait_until("resident", resident, |now| now + 48 * MIB < filled);
     println!(
