@@ -493,9 +493,8 @@ class Case(unittest.TestCase):
         self.ctr("c", "create", "--runtime", RUNTIMES[runtime or self.runtime], IMAGE, task.name, "sleep", "1000", code=0)
         return task, api.create(task.name, rootfs)
 
-    def run_spec(self, edit, *command, runtime=None, name=None, detached=False, **kwargs):
-        """Runs a container from ctr's own default specification, changed by `edit(spec)`."""
-        name = name or self.name()
+    def config(self, edit, *command, name):
+        """A file with ctr's own default specification of a container, changed by `edit(spec)`."""
         self.addCleanup(self.remove, name)
         self.ctr("c", "create", IMAGE, name, code=0)
         spec = json.loads(self.ctr("c", "info", "--spec", name, code=0).out)
@@ -507,6 +506,12 @@ class Case(unittest.TestCase):
         path = os.path.join(self.folder, "config.json")
         with open(path, "w", encoding="utf-8") as file:
             json.dump(spec, file)
+        return path
+
+    def run_spec(self, edit, *command, runtime=None, name=None, detached=False, **kwargs):
+        """Runs a container from what `config` makes."""
+        name = name or self.name()
+        path = self.config(edit, *command, name=name)
         return self.ctr("run", "-d" if detached else "--rm", "--runtime", RUNTIMES[runtime or self.runtime],
                         "--config", path, name, **kwargs)
 

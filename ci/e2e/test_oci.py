@@ -1,11 +1,196 @@
-"""What an OCI specification asks for beyond what `ctr run` has options for: how mounts propagate, processes of a container
-that is not started, and what of a pod's security context critest leaves out."""
+"""What an OCI specification asks for beyond what `ctr run` has options for: user namespaces, how mounts propagate,
+processes of a container that is not started, and what of a pod's security context critest leaves out."""
 
 import concurrent.futures
 import os
+import subprocess
 
+import api
 from cri import PodCase
-from harness import Case, wait_until
+from harness import RUNTIMES, Case, Task, runtime_version, start_containerd, stop_containerd, wait_until
+
+# Where containerd keeps the layers of images, and files of the pods.
+DATA = "/var/lib/containerd"
+
+# Root of a container with a user namespace is this user outside.
+OUTSIDE = 100000
+IDS = {"containerID": 0, "hostID": OUTSIDE, "size": 65536}
+
+
+def disk(case, size="16M"):
+    """A folder of a file system whose mounts can show other owners, which those that the node is made of cannot."""
+    image, folder = f"{case.folder}/image", f"{case.folder}/disk"
+    os.mkdir(folder)
+    subprocess.run(["mkfs.ext4", "-q", image, size], check=True, capture_output=True)
+    subprocess.run(["mount", "-o", "loop", image, folder], check=True)
+    case.addCleanup(subprocess.run, ["umount", folder], check=True)
+    return folder
+
+
+class Capabilities(Case):
+    NONE = {"bounding": [], "effective": [], "permitted": []}
+
+    def capabilities_of(self, task, process):
+        text = task.exec("grep", "^Cap[PEB]", process, code=0).out
+        return dict(line.split(":\t") for line in text.splitlines())
+
+    def test_exec_without_any_named_has_the_containers(self):
+        kill = {kind: ["CAP_KILL"] for kind in self.NONE}
+        task = Task(self, self.name())
+        self.run_spec(lambda spec: spec["process"].update(capabilities=kill), "sleep", "100000",
+                      name=task.name, detached=True, code=0)
+        self.execute(task, "cat /proc/self/status >/tmp/caps")
+        self.assertEqual(self.capabilities_of(task, "/tmp/caps"),
+                         dict.fromkeys(("CapPrm", "CapEff", "CapBnd"), f"{1 << 5:016x}"))
+
+    def test_container_without_any_named_has_none(self):
+        out = self.run_spec(lambda spec: spec["process"].pop("capabilities"), "grep", "^Cap[PEB]", "/proc/self/status", code=0).out
+        self.assertEqual([int(line.split()[1], 16) for line in out.splitlines()], [0, 0, 0])
+
+    def execute(self, task, script):
+        """Runs a process that says nothing of capabilities, to its end."""
+        for answer in (api.execute(task.name, "bare", "sh", "-c", script), api.call("Start", task.name, {2: "bare"}),
+                       api.call("Wait", task.name, {2: "bare"})):
+            self.assertEqual(answer.code, "OK", answer)
+
+
+class UserNamespace(Capabilities):
+    # Of `ctr run`.
+    OPTIONS = ["--uidmap", f"0:{OUTSIDE}:65536", "--gidmap", f"0:{OUTSIDE}:65536"]
+
+    def remapped(self):
+        """A root file system that belongs to the container's root."""
+        copy = os.path.join(self.folder, "rootfs")
+        if not os.path.exists(copy):
+            # runc looks for it as that root.
+            os.chmod(self.folder, 0o711)
+            subprocess.run(["cp", "-a", self.rootfs(), copy], check=True)
+            subprocess.run(["chown", "-hR", f"{OUTSIDE}:{OUTSIDE}", copy], check=True)
+        return copy
+
+    def config(self, edit, *command, name):
+        """With a user namespace."""
+        def mapped(spec):
+            spec["root"]["path"] = self.remapped()
+            spec["linux"]["namespaces"].append({"type": "user"})
+            spec["linux"]["uidMappings"] = spec["linux"]["gidMappings"] = [IDS]
+            edit(spec)
+
+        return super().config(mapped, *command, name=name)
+
+    def test_root_is_another_user_outside(self):
+        out = self.output_of(
+            "sh", "-ec", "id -u; cat /proc/self/uid_map; cd /tmp; touch mine; chown 5:6 mine; stat -c '%u %g' mine /etc/passwd; "
+            "mkdir -m 700 other; chown 7 other; touch other/file; stat -c %u other/file; : </dev/null",
+            options=self.OPTIONS)
+        self.assertEqual([line.split() for line in out.splitlines()],
+                         [["0"], ["0", str(OUTSIDE), "65536"], ["5", "6"], ["0", "0"], ["0"]])
+
+    def test_exec_terminal_and_streams(self):
+        task = self.start(options=self.OPTIONS)
+        result = task.exec("sh", "-c", "id -u; echo more >/dev/stderr; echo again >/dev/stdout", code=0)
+        self.assertEqual((result.out.split(), result.err), (["0", "again"], "more"))
+        terminal = self.terminal("task", "exec", "-t", "--exec-id", "terminal", task.name, "sh", "-c",
+                                 "stat -c %u $(tty); echo typed >/dev/tty")
+        terminal.expect(r"0\s+typed")
+        self.assertEqual(terminal.wait(), 0)
+
+    def test_exec_is_in_the_user_namespace(self):
+        task = Task(self, self.name())
+        self.run_spec(lambda spec: None, "sleep", "100000", name=task.name, detached=True, code=0)
+        look = "readlink /proc/{0}/ns/user; cat /proc/{0}/uid_map /proc/{0}/gid_map; grep -E '^(Uid|Gid|Cap)' /proc/{0}/status"
+        first, own = (task.exec("sh", "-ec", look.format(pid), code=0).out for pid in ("1", "self"))
+        self.assertEqual(own, first)
+        self.assertIn(["0", str(OUTSIDE), "65536"], [line.split() for line in own.splitlines()])
+        # The shared file system has the ids of the guest, which the mapping does not hide.
+        task.exec("chmod", "1777", "/tmp", code=0)
+        for options, path, owner in (([], "/tmp/root", OUTSIDE), (["--user", "7"], "/tmp/seven", OUTSIDE + 7)):
+            task.exec("touch", path, options=options, code=0)
+            self.assertEqual(os.stat(f"{self.folder}/rootfs{path}").st_uid, owner)
+
+    def test_system_files_are_there(self):
+        def edit(spec):
+            for kind in self.NONE:
+                spec["process"]["capabilities"][kind].append("CAP_SYS_ADMIN")
+
+        out = self.run_spec(edit, "sh", "-ec",
+                            "ls /sys/class/net; touch /sys/x 2>/dev/null || echo read-only; "
+                            "echo 1 2>/dev/null >/proc/sys/kernel/panic || echo protected; "
+                            "hostname other && hostname; head -c 1 /dev/zero | wc -c; "
+                            "timeout 1 nc -l -p 80 || echo $?", code=0).out
+        # The end of a server that was not refused its port.
+        self.assertEqual(out.split(), ["lo", "read-only", "protected", "other", "1", "143"])
+
+    def test_files_of_the_host_stay_foreign(self):
+        os.mkdir(f"{self.folder}/host")
+
+        def edit(spec):
+            spec["mounts"].append({"destination": "/host", "type": "bind", "source": f"{self.folder}/host", "options": ["rbind"]})
+
+        result = self.run_spec(edit, "sh", "-c", "stat -c %u /host; touch /host/x", code=1)
+        self.assertEqual(result.out, "65534")
+        self.assertIn("Permission denied", result.err)
+
+    def test_mount_with_the_containers_owners(self):
+        if self.runtime == "runc":
+            self.skipTest("Debian's runc has no such mounts")
+        folder = disk(self)
+
+        def edit(spec):
+            spec["mounts"].append({
+                "destination": "/host", "type": "bind", "source": folder, "options": ["rbind"],
+                "uidMappings": [IDS], "gidMappings": [IDS]})
+
+        out = self.run_spec(edit, "sh", "-ec", "touch /host/root; touch /host/seven; chown 7:8 /host/seven; "
+                            "stat -c '%u %g' /host /host/root /host/seven", code=0).out
+        self.assertEqual(out.splitlines(), ["0 0", "0 0", "7 8"])
+        owners = [(found.st_uid, found.st_gid) for found in map(os.stat, (f"{folder}/root", f"{folder}/seven"))]
+        self.assertEqual(owners, [(0, 0), (7, 8)])
+
+    def test_mount_that_cannot_have_the_containers_owners_is_refused(self):
+        if self.runtime == "runc":
+            self.skipTest("Debian's runc has no such mounts")
+
+        # The file system that the node's root is has none.
+        def edit(spec):
+            spec["mounts"].append({"destination": "/host", "type": "bind", "source": self.folder, "options": ["rbind", "idmap"]})
+
+        result = self.run_spec(edit, "true")
+        self.assertNotEqual(result.code, 0)
+        self.assertIn(f"cannot bind {self.folder} of the host to /host", result.err)
+        self.assertIn("idmapped mounts", result.err)
+
+    def test_layers_with_the_containers_owners(self):
+        if self.runtime == "runc":
+            self.skipTest("containerd 1.6 knows no such layers")
+        folder, task = disk(self), Task(self, self.name())
+        lower, upper, work = (os.path.join(folder, name) for name in ("lower", "upper", "work"))
+        subprocess.run(["cp", "-a", self.rootfs(), lower], check=True)
+        os.mkdir(upper)
+        os.chown(upper, OUTSIDE, OUTSIDE)
+        os.mkdir(work)
+        config = self.config(lambda spec: spec["root"].update(path="rootfs"), "sleep", "100000", name=task.name)
+        self.ctr("c", "create", "--runtime", RUNTIMES[self.runtime], "--config", config, task.name, code=0)
+        ids = f"0:{OUTSIDE}:65536"
+        layers = api.mount("overlay", "overlay", f"lowerdir={lower}", f"upperdir={upper}", f"workdir={work}", f"uidmap={ids}", f"gidmap={ids}")
+        for answer in api.create(task.name, [layers]), api.call("Start", task.name):
+            self.assertEqual(answer.code, "OK", answer)
+        out = task.exec("sh", "-ec", "stat -c '%u %g' / /bin/busybox; touch /made; chown 7:8 /made /etc/passwd", code=0).out
+        self.assertEqual(out.splitlines(), ["0 0", "0 0"])
+        for name in "made", "etc/passwd":
+            found = os.stat(f"{upper}/{name}")
+            self.assertEqual((found.st_uid, found.st_gid), (OUTSIDE + 7, OUTSIDE + 8))
+        self.assertEqual(os.stat(f"{lower}/etc/passwd").st_uid, 0)
+
+    def test_user_that_is_not_in_it_is_refused(self):
+        task = Task(self, self.name())
+        self.run_spec(lambda spec: None, "sleep", "100000", name=task.name, detached=True, code=0)
+        results = [task.exec("true", options=["--user", "70000"]),
+                   self.run_spec(lambda spec: spec["process"]["user"].update(uid=70000), "true")]
+        for result in results:
+            self.assertNotEqual(result.code, 0)
+            if self.runtime == "husk":
+                self.assertIn("user 70000 is not in the container's user namespace", result.err)
 
 
 class Mounts(Case):
@@ -149,3 +334,51 @@ class PodSecurity(PodCase):
         # `procMount: Unmasked` is for pods with a user namespace; there it is that which forbids writing.
         unmasked = pod.start(linux={"security_context": {"masked_paths": [], "readonly_paths": []}})
         self.assertEqual(unmasked.output_of(*look).split(), ["1", "0"])
+
+
+class PodUserNamespace(PodCase):
+    def setUp(self):
+        super().setUp()
+        if runtime_version() < (2, 0):
+            self.skipTest("this containerd makes no user namespaces of pods")
+        if self.runtime == "runc":
+            self.skipTest("Debian's runc makes no user namespaces of pods")
+        # containerd has these shown with the pod's owners. Until the test is over, they are where that can be.
+        moved = disk(self, "256M")
+        self.addCleanup(start_containerd)
+        self.addCleanup(subprocess.run, ["umount", DATA], check=True)
+        self.addCleanup(stop_containerd)
+        stop_containerd()
+        subprocess.run(["cp", "-a", f"{DATA}/.", moved], check=True)
+        subprocess.run(["mount", "--bind", moved, DATA], check=True)
+        start_containerd()
+
+    def pod_with_ids(self, **config):
+        """A pod as kubelet asks for it with `hostUsers: false`."""
+        ids = [{"container_id": 0, "host_id": OUTSIDE, "length": 65536}]
+        self.options = {"namespace_options": {"pid": 1, "userns_options": {"mode": 0, "uids": ids, "gids": ids}}}
+        return self.pod(linux={"security_context": self.options}, **config)
+
+    def test_containers_of_a_pod_share_a_user_namespace(self):
+        pod = self.pod_with_ids()
+        first = pod.start(linux={"security_context": self.options})
+        second = pod.start(linux={"security_context": self.options})
+        for container in first, second:
+            out = container.output_of("sh", "-ec", "cat /proc/self/uid_map; id -u; touch /x; stat -c %u /x; ls -d /sys/class/net/eth0")
+            self.assertEqual(out.split(), ["0", str(OUTSIDE), "65536", "0", "0", "/sys/class/net/eth0"])
+        for kind in "user", "ipc", "uts":
+            links = {container.output_of("readlink", f"/proc/1/ns/{kind}") for container in (first, second)}
+            self.assertEqual(len(links), 1, links)
+
+    def test_volume_belongs_to_the_pod(self):
+        folder, pod = os.path.join(self.folder, "disk", "volume"), self.pod_with_ids()
+        os.mkdir(folder)
+        ids = [{"container_id": 0, "host_id": OUTSIDE, "length": 65536}]
+        user = {"run_as_user": {"value": 7}, "run_as_group": {"value": 8}}
+        os.chown(folder, 7, 8)
+        container = pod.start(mounts=[{"host_path": folder, "container_path": "/volume", "uidMappings": ids, "gidMappings": ids}],
+                              linux={"security_context": {**self.options, **user}})
+        out = container.output_of("sh", "-ec", "id -u; touch /volume/file; stat -c '%u %g' /volume /volume/file")
+        self.assertEqual(out.splitlines(), ["7", "7 8", "7 8"])
+        found = os.stat(f"{folder}/file")
+        self.assertEqual((found.st_uid, found.st_gid), (7, 8))

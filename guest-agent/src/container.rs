@@ -11,6 +11,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,7 +27,7 @@ use tokio::task::JoinHandle;
 use crate::cgroup::Cgroup;
 use crate::devices;
 use crate::error::{During, Error, Result};
-use crate::launch::{Confinement, Launcher, Reports, Work};
+use crate::launch::{Confinement, Identity, Launcher, Reports, Work};
 use crate::pod::{Mounts, Volumes};
 use crate::process::{Process, StdioRequest, Wiring};
 use crate::reaper::Reaper;
@@ -53,6 +54,7 @@ pub(crate) struct Containers {
     streams: Arc<Streams>,
     launcher: Launcher,
     share: OnceCell<()>,
+    sysfs: OnceCell<()>,
     volumes: Volumes,
     names: AtomicU64,
 }
@@ -118,6 +120,7 @@ impl Containers {
                 log_level,
             },
             share: OnceCell::new(),
+            sysfs: OnceCell::new(),
             volumes: Volumes::default(),
             names: AtomicU64::new(0),
         }
@@ -164,7 +167,7 @@ impl Containers {
         self.volumes.make(creation.volumes)?;
         let folders = self.volumes.locate(&mut spec)?;
         let prepared = if sandbox {
-            fs::create_dir_all(SANDBOX_ROOT).during("making the root of the sandbox")?;
+            make_sandbox_root(&spec)?;
             spec::prepare_sandbox(&spec, id, Path::new(SANDBOX_ROOT))?
         } else {
             spec::prepare(spec, id, request.terminal, devices::lookup)?
@@ -173,10 +176,15 @@ impl Containers {
             set_sysctl(name, value)?;
         }
         let spec = prepared.spec;
+        if spec::has_user_namespace(&spec) {
+            self.sysfs
+                .get_or_try_init(async || storage::mount_sysfs())
+                .await?;
+        }
         let bundle = self.write(id, "config.json", &spec)?;
         let bundle = bundle.parent().map(PathBuf::from).unwrap_or_default();
 
-        let wiring = self.wire(spec.process().as_ref(), request, streams)?;
+        let wiring = self.wire(&spec, spec.process().as_ref(), request, streams)?;
         let expectation = self.reaper.expect();
         let (pid, launch, terminal) = wiring
             .launch(|console, ends| {
@@ -268,6 +276,7 @@ impl Containers {
             });
         }
         let first = container.spec.process().as_ref();
+        spec::check_user(&container.spec, process.user())?;
         spec::prepare_process(process, request.terminal, &root, first);
         let name = format!(
             "process-{}.json",
@@ -276,10 +285,10 @@ impl Containers {
         let file = self.write(&container.id, &name, process)?;
         let work = Work::Exec {
             process: file.clone(),
-            confinement: confinement(&container.spec, process).map(Box::new),
+            confinement: confinement(container, process).map(Box::new),
             sub_cgroup: container.sub_cgroup(),
         };
-        let wiring = self.wire(Some(process), request, streams)?;
+        let wiring = self.wire(&container.spec, Some(process), request, streams)?;
         let expectation = self.reaper.expect();
         let launched = wiring
             .launch(|console, ends| self.launch(&container.id, work, console, ends))
@@ -356,11 +365,13 @@ impl Containers {
 
     fn wire(
         &self,
+        container: &Spec,
         process: Option<&ProcessSpec>,
         request: StdioRequest,
         streams: Stdio,
     ) -> Result<Wiring> {
         let uid = process.map_or(0, |process| process.user().uid());
+        let uid = spec::uid_in_guest(container, uid)?;
         Wiring::new(streams, request, uid, || {
             let name = format!("console-{}", self.names.fetch_add(1, Ordering::Relaxed));
             ConsoleSocket::bind(PathBuf::from(RUN).join(name))
@@ -684,6 +695,17 @@ fn parse<T: serde::de::DeserializeOwned>(what: &'static str, json: &[u8]) -> Res
     serde_json::from_slice(json).map_err(|source| Error::Malformed { what, source })
 }
 
+/// Makes the folder that is the sandbox's root, with the points where it mounts: as another user of the guest, it could
+/// not make them.
+fn make_sandbox_root(spec: &Spec) -> Result<()> {
+    const FAILED: &str = "making the root of the sandbox";
+    let (uid, gid) = (spec::uid_in_guest(spec, 0)?, spec::gid_in_guest(spec, 0)?);
+    for point in ["proc", "dev"] {
+        fs::create_dir_all(Path::new(SANDBOX_ROOT).join(point)).during(FAILED)?;
+    }
+    chown(SANDBOX_ROOT, Some(uid), Some(gid)).during(FAILED)
+}
+
 fn uses_share(spec: &Spec) -> bool {
     let sources = spec
         .mounts()
@@ -697,13 +719,21 @@ fn uses_share(spec: &Spec) -> bool {
 }
 
 /// What exec must do itself: see [`Confinement`].
-fn confinement(spec: &Spec, process: &ProcessSpec) -> Option<Confinement> {
-    let seccomp = spec.linux().as_ref()?.seccomp().clone()?;
+fn confinement(container: &Container, process: &ProcessSpec) -> Option<Confinement> {
+    let seccomp = container.spec.linux().as_ref()?.seccomp().clone();
+    let identity = spec::has_user_namespace(&container.spec).then(|| Identity {
+        with: container.init.pid().as_raw(),
+        user: process.user().clone(),
+    });
+    if seccomp.is_none() && identity.is_none() {
+        return None;
+    }
     let late_capabilities = match process.no_new_privileges() {
-        Some(true) => None,
-        Some(false) | None => process.capabilities().clone(),
+        Some(true) if identity.is_none() => None,
+        _ => process.capabilities().clone(),
     };
     Some(Confinement {
+        identity,
         seccomp,
         late_capabilities,
     })

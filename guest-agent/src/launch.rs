@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::unistd::Pid;
-use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp};
+use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, User};
 use rustix::io::FdFlags;
 use rustix::pipe::PipeFlags;
 use serde::{Deserialize, Serialize};
@@ -61,11 +61,21 @@ pub(crate) enum Work {
 /// What libcontainer does not apply to an exec'ed process, and the creator therefore does, last.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Confinement {
+    /// Who the process is, in the container's user namespace; libcontainer would leave it in the guest's.
+    pub(crate) identity: Option<Identity>,
     /// The container's system call filter.
-    pub(crate) seccomp: LinuxSeccomp,
-    /// What the process may keep once the filter is installed. Set unless it has `no_new_privs`, without which
-    /// installing a filter takes a capability that the process may not be meant to have.
+    pub(crate) seccomp: Option<LinuxSeccomp>,
+    /// What the process may keep after that. Set unless it has `no_new_privs`, without which installing a filter takes a
+    /// capability that the process may not be meant to have; and if it changes its user namespace.
     pub(crate) late_capabilities: Option<LinuxCapabilities>,
+}
+
+/// A user of a user namespace.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    /// A process in the user namespace.
+    pub(crate) with: i32,
+    pub(crate) user: User,
 }
 
 /// What the creator, and the process that it made, tell.

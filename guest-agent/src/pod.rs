@@ -1,9 +1,9 @@
 //! What the containers of a pod share: the namespaces of its sandbox, and the volumes in the guest's memory.
 //!
 //! ```text
-//! /run/husk/pod/ns/{ipc,pid,uts}   the sandbox's namespaces, as long as the sandbox exists
-//! /run/husk/pod/volumes/<name>     a tmpfs each, as long as the guest
-//! /run/husk/pod/folders/<n>        a folder of a volume, as long as the container that mounts it
+//! /run/husk/pod/ns/{ipc,pid,user,uts}  the sandbox's namespaces, as long as the sandbox exists
+//! /run/husk/pod/volumes/<name>         a tmpfs each, as long as the guest
+//! /run/husk/pod/folders/<n>            a folder of a volume, as long as the container that mounts it
 //! ```
 
 use std::collections::HashSet;
@@ -24,7 +24,7 @@ use pathrs::flags::OpenFlags;
 use crate::error::{During, Error, Result};
 
 /// The namespaces that containers of a pod may have in common. Network and cgroup root are the guest's.
-const NAMESPACES: [&str; 3] = ["ipc", "pid", "uts"];
+const NAMESPACES: [&str; 4] = ["ipc", "pid", "user", "uts"];
 
 /// Where folders of volumes are mounted, see [`Volumes::locate`].
 const FOLDERS: &str = "/run/husk/pod/folders";

@@ -2,6 +2,7 @@
 //! host is put in, what the guest does not have is taken out, and what libcontainer would do differently from runc is
 //! spelled out.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
@@ -10,8 +11,9 @@ use std::path::{Path, PathBuf};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::Pid;
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, LinuxSeccomp, Mount,
-    PosixRlimitBuilder, PosixRlimitType, Process, Spec,
+    Capabilities, Hooks, Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespaceBuilder,
+    LinuxNamespaceType, LinuxResources, LinuxSeccomp, Mount, PosixRlimitBuilder, PosixRlimitType,
+    Process, Spec, User,
 };
 use pathrs::Root;
 use pathrs::flags::OpenFlags;
@@ -22,9 +24,13 @@ use crate::devices::{self, Node};
 use crate::error::{During, Error, Result};
 use crate::finish::{self, Finish};
 use crate::pause;
+use crate::storage;
 
 /// Most of a container's `/etc/passwd` that is read: more users than any image has.
 const MAX_PASSWD_BYTES: u64 = 1 << 20;
+
+/// The first port that may be bound without rights over the network.
+const PRIVILEGED_PORTS: &str = "net.ipv4.ip_unprivileged_port_start";
 
 /// What containerd gives a sandbox: of a pod it is to be the last that the OOM killer takes.
 const SANDBOX_OOM_SCORE_ADJ: i32 = -998;
@@ -51,6 +57,9 @@ pub(crate) fn prepare(
         .ok_or_else(|| missing("root"))?;
     fs::metadata(&root).during(format!("finding the root file system {}", root.display()))?;
     let mounts = spec.mounts().clone().unwrap_or_default();
+    if let Some(process) = spec.process() {
+        check_user(&spec, process.user())?;
+    }
     let process = spec
         .process_mut()
         .as_mut()
@@ -72,7 +81,7 @@ pub(crate) fn prepare(
 
     let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux"))?;
     devices::adapt(linux, lookup)?;
-    set_namespaces(linux)?;
+    set_namespaces(linux);
     linux.set_cgroups_path(Some(Cgroup::name(container_id).into()));
     if let Some(resources) = linux.resources_mut() {
         translate_limits(resources);
@@ -83,6 +92,9 @@ pub(crate) fn prepare(
         ));
     }
     let network_sysctls = take_network_sysctls(linux);
+    if has_user_namespace(&spec) {
+        bind_sysfs(spec.mounts_mut().as_deref_mut().unwrap_or_default());
+    }
     Ok(Prepared {
         spec,
         network_sysctls,
@@ -113,6 +125,8 @@ pub(crate) fn prepare_sandbox(given: &Spec, container_id: &str, root: &Path) -> 
         ],
         "linux": {
             "namespaces": given_linux.namespaces(),
+            "uidMappings": given_linux.uid_mappings(),
+            "gidMappings": given_linux.gid_mappings(),
             "sysctl": given_linux.sysctl(),
         },
     });
@@ -121,7 +135,7 @@ pub(crate) fn prepare_sandbox(given: &Spec, container_id: &str, root: &Path) -> 
         source,
     })?;
     let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux"))?;
-    set_namespaces(linux)?;
+    set_namespaces(linux);
     linux.set_cgroups_path(Some(Cgroup::name(container_id).into()));
     let network_sysctls = take_network_sysctls(linux);
     Ok(Prepared {
@@ -147,6 +161,11 @@ pub(crate) fn prepare_process(
     // Nothing may inherit the agent's own protection.
     let inherited = container.and_then(Process::oom_score_adj);
     process.set_oom_score_adj(process.oom_score_adj().or(inherited).or(Some(0)));
+    // As runc has it: those of the container, or else none. libcontainer would leave all of them.
+    if process.capabilities().is_none() {
+        let inherited = container.and_then(|container| container.capabilities().clone());
+        process.set_capabilities(inherited.or_else(|| Some(no_capabilities())));
+    }
     set_home(process, root);
 }
 
@@ -161,6 +180,17 @@ pub(crate) fn has_folder(root: &Path, path: &Path) -> bool {
         .and_then(|root| root.resolve(path))
         .and_then(|handle| handle.reopen(OpenFlags::O_DIRECTORY | OpenFlags::O_CLOEXEC))
         .is_ok()
+}
+
+fn no_capabilities() -> LinuxCapabilities {
+    // The default are some.
+    let mut none = LinuxCapabilities::default();
+    none.set_bounding(Some(Capabilities::new()))
+        .set_effective(Some(Capabilities::new()))
+        .set_inheritable(Some(Capabilities::new()))
+        .set_permitted(Some(Capabilities::new()))
+        .set_ambient(Some(Capabilities::new()));
+    none
 }
 
 /// HOME as runc sets it. libcontainer would ask glibc, whose name service of a static program loads libraries from the
@@ -259,16 +289,8 @@ fn guest_hooks(hooks: &Hooks) -> Option<Hooks> {
     (kept != Hooks::default()).then_some(kept)
 }
 
-fn set_namespaces(linux: &mut Linux) -> Result<()> {
+fn set_namespaces(linux: &mut Linux) {
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-    if namespaces
-        .iter()
-        .any(|namespace| namespace.typ() == LinuxNamespaceType::User)
-    {
-        return Err(Error::Invalid(
-            "user namespaces are not supported: the container has the guest's".to_owned(),
-        ));
-    }
     // The guest is the network namespace.
     namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
     // A host with cgroup v1 asks for none, and its containers would see all of the guest's.
@@ -282,7 +304,73 @@ fn set_namespaces(linux: &mut Linux) -> Result<()> {
         namespaces.push(cgroup);
     }
     linux.set_namespaces(Some(namespaces));
+}
+
+/// Whether root of the container is another user of the guest.
+pub(crate) fn has_user_namespace(spec: &Spec) -> bool {
+    spec.linux()
+        .iter()
+        .filter_map(|linux| linux.namespaces().as_ref())
+        .flatten()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::User)
+}
+
+/// Who user `id` of a container is in the guest.
+pub(crate) fn uid_in_guest(container: &Spec, id: u32) -> Result<u32> {
+    id_in_guest(container, Linux::uid_mappings, id).ok_or_else(|| unmapped("user", id))
+}
+
+/// What group `id` of a container is in the guest.
+pub(crate) fn gid_in_guest(container: &Spec, id: u32) -> Result<u32> {
+    id_in_guest(container, Linux::gid_mappings, id).ok_or_else(|| unmapped("group", id))
+}
+
+/// Refuses a user that the container's user namespace does not have: the kernel would only call it invalid.
+pub(crate) fn check_user(container: &Spec, user: &User) -> Result<()> {
+    uid_in_guest(container, user.uid())?;
+    gid_in_guest(container, user.gid())?;
+    for gid in user.additional_gids().iter().flatten() {
+        gid_in_guest(container, *gid)?;
+    }
     Ok(())
+}
+
+/// Without a user namespace, an id is the same in the guest.
+fn id_in_guest(
+    container: &Spec,
+    mappings: impl Fn(&Linux) -> &Option<Vec<LinuxIdMapping>>,
+    id: u32,
+) -> Option<u32> {
+    if !has_user_namespace(container) {
+        return Some(id);
+    }
+    let linux = container.linux().as_ref()?;
+    mappings(linux).iter().flatten().find_map(|mapping| {
+        let offset = id.checked_sub(mapping.container_id())?;
+        (offset < mapping.size()).then(|| mapping.host_id().checked_add(offset))?
+    })
+}
+
+fn unmapped(kind: &str, id: u32) -> Error {
+    Error::Invalid(format!(
+        "{kind} {id} is not in the container's user namespace: its mappings say nothing of it"
+    ))
+}
+
+/// sysfs shows devices of the network, and so only who owns the network may mount it. The guest's is not of a user
+/// namespace: a container with one gets a mount that the agent has made.
+fn bind_sysfs(mounts: &mut [Mount]) {
+    for mount in mounts
+        .iter_mut()
+        .filter(|mount| mount.typ().as_deref() == Some("sysfs"))
+    {
+        mount.set_typ(Some("bind".to_owned()));
+        mount.set_source(Some(storage::SYSFS.into()));
+        mount
+            .options_mut()
+            .get_or_insert_default()
+            .push("bind".to_owned());
+    }
 }
 
 /// Puts limits that libcgroups gets wrong into the words of cgroup v2, which it passes on as they are.
@@ -342,14 +430,26 @@ fn has_listener(seccomp: &LinuxSeccomp) -> bool {
 }
 
 fn take_network_sysctls(linux: &mut Linux) -> Vec<(String, String)> {
-    let Some(sysctls) = linux.sysctl().clone() else {
-        return Vec::new();
-    };
-    let (network, others) = sysctls
+    let (network, others) = linux
+        .sysctl()
+        .clone()
+        .unwrap_or_default()
         .into_iter()
         .partition(|(name, _)| name.starts_with("net.") || name.starts_with("net/"));
     linux.set_sysctl(Some(others));
-    std::collections::HashMap::into_iter(network).collect()
+    let mut network: HashMap<_, _> = network;
+    let makes_user_namespace =
+        linux.namespaces().iter().flatten().any(|namespace| {
+            namespace.typ() == LinuxNamespaceType::User && namespace.path().is_none()
+        });
+    if makes_user_namespace {
+        // Its root could bind them if the network were its own. No program of the guest is outside of the pod, whose only
+        // network this is.
+        network
+            .entry(PRIVILEGED_PORTS.to_owned())
+            .or_insert_with(|| "0".to_owned());
+    }
+    network.into_iter().collect()
 }
 
 fn missing(what: &str) -> Error {
@@ -387,6 +487,15 @@ mod tests {
             }
             (into, change) => *into = change.clone(),
         }
+    }
+
+    /// Of 2000 users and groups.
+    fn user_namespace() -> Value {
+        json!({
+            "namespaces": [{ "type": "user" }],
+            "uidMappings": [{ "containerID": 0, "hostID": 100_000, "size": 2000 }],
+            "gidMappings": [{ "containerID": 0, "hostID": 200_000, "size": 2000 }],
+        })
     }
 
     fn rootfs() -> tempfile::TempDir {
@@ -545,6 +654,23 @@ mod tests {
     }
 
     #[test]
+    fn sysfs_of_a_user_namespace_is_the_agents() {
+        let mut changes = json!({
+            "mounts": [{ "destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"] }],
+        });
+        let mount = |changes: &Value| {
+            let prepared = prepared(changes).expect("a fair specification");
+            serde_json::to_value(prepared.spec.mounts()).expect("plain data")[0].clone()
+        };
+        assert_eq!(mount(&changes), changes["mounts"][0]);
+        changes["linux"] = user_namespace();
+        let expected = json!({
+            "destination": "/sys", "type": "bind", "source": "/run/husk/sys", "options": ["ro", "bind"],
+        });
+        assert_eq!(mount(&changes), expected);
+    }
+
+    #[test]
     fn weight_of_io_is_that_of_cgroup_v2() {
         for (given, weight) in [(10, "1"), (16, "61"), (500, "4950"), (1000, "10000")] {
             let mut resources: LinuxResources =
@@ -556,6 +682,71 @@ mod tests {
             let block_io = resources.block_io().as_ref().expect("kept");
             assert_eq!(block_io.weight(), None);
         }
+    }
+
+    #[test]
+    fn ports_are_free_to_root_of_a_user_namespace() {
+        let sysctls = |changes: &Value| {
+            prepared(changes)
+                .expect("a fair specification")
+                .network_sysctls
+        };
+        let free = |port: &str| vec![(PRIVILEGED_PORTS.to_owned(), port.to_owned())];
+        assert_eq!(sysctls(&json!({})), []);
+        let mut changes = json!({ "linux": user_namespace() });
+        assert_eq!(sysctls(&changes), free("0"));
+        changes["linux"]["sysctl"] = json!({ PRIVILEGED_PORTS: "80" });
+        assert_eq!(sysctls(&changes), free("80"));
+        let mut of_pod = json!({ "linux": user_namespace() });
+        of_pod["linux"]["namespaces"][0]["path"] = json!("/x");
+        assert_eq!(sysctls(&of_pod), []);
+    }
+
+    #[test]
+    fn ids_of_a_user_namespace_are_others_in_the_guest() {
+        let with = prepared(&json!({ "linux": user_namespace() })).expect("fair");
+        assert_eq!(uid_in_guest(&with.spec, 1000).expect("mapped"), 101_000);
+        assert_eq!(gid_in_guest(&with.spec, 1999).expect("mapped"), 201_999);
+        let error = gid_in_guest(&with.spec, 2000).expect_err("it is one too many");
+        assert!(
+            error.to_string().starts_with("group 2000 is not in"),
+            "{error}"
+        );
+        let without = prepared(&json!({})).expect("fair");
+        assert_eq!(uid_in_guest(&without.spec, 2000).expect("all are"), 2000);
+    }
+
+    #[test]
+    fn user_outside_of_the_user_namespace_is_refused() {
+        for (user, named) in [
+            (json!({ "uid": 2000, "gid": 0 }), "user 2000"),
+            (json!({ "uid": 0, "gid": 2000 }), "group 2000"),
+            (
+                json!({ "uid": 0, "gid": 0, "additionalGids": [1, 2000] }),
+                "group 2000",
+            ),
+        ] {
+            let mut changes = json!({ "linux": user_namespace() });
+            changes["process"] = json!({ "user": user });
+            let error = prepared(&changes).expect_err("it is nobody").to_string();
+            assert!(error.starts_with(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn capabilities_are_the_containers_or_none() {
+        let kill = json!({ "bounding": ["CAP_KILL"] });
+        let spec = |process| prepared(&json!({ "process": process })).expect("fair");
+        let (without, with) = (spec(json!({})), spec(json!({ "capabilities": kill })));
+        let of = |process: &Process| {
+            serde_json::to_value(process.capabilities()).expect("plain data")["bounding"].clone()
+        };
+        assert_eq!(of(process(&without)), json!([]));
+        assert_eq!(of(process(&with)), kill["bounding"]);
+        let mut exec = Process::default();
+        exec.set_capabilities(None);
+        prepare_process(&mut exec, false, rootfs().path(), Some(process(&with)));
+        assert_eq!(of(&exec), kill["bounding"]);
     }
 
     #[test]
@@ -600,12 +791,6 @@ mod tests {
         let changes = json!({ "linux": { "namespaces": [{ "type": "pid", "path": path }] } });
         let prepared = prepared(&changes).expect("a fair specification");
         assert!(!has_pid_namespace(&prepared.spec));
-    }
-
-    #[test]
-    fn user_namespace_is_refused() {
-        let changes = json!({ "linux": { "namespaces": [{ "type": "user" }] } });
-        assert!(matches!(prepared(&changes), Err(Error::Invalid(_))));
     }
 
     #[test]

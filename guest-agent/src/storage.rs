@@ -1,4 +1,5 @@
-//! The folder that the host shares: root file systems and volumes.
+//! What the agent mounts when the first container needs it: the folder that the host shares, with root file systems and
+//! volumes, and a sysfs for those with a user namespace.
 
 use std::fs;
 
@@ -6,6 +7,9 @@ use husk_protocol::{SHARE_MOUNT_POINT, SHARE_TAG};
 use nix::mount::{MsFlags, mount};
 
 use crate::error::{During, Result};
+
+/// A sysfs with nothing below it, to be bound by containers that may not mount one.
+pub(crate) const SYSFS: &str = "/run/husk/sys";
 
 /// Mounts the folder. Once for all containers, and not before the first that needs it: the file server is then asked
 /// while the agent is already known to be ready.
@@ -20,4 +24,12 @@ pub(crate) fn mount_share() -> Result<()> {
         None::<&str>,
     )
     .during(FAILED)
+}
+
+/// Mounts a sysfs at [`SYSFS`]. Once, before the first container that binds it.
+pub(crate) fn mount_sysfs() -> Result<()> {
+    const FAILED: &str = "mounting a sysfs for user namespaces";
+    fs::create_dir_all(SYSFS).during(FAILED)?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("sysfs"), SYSFS, Some("sysfs"), flags, None::<&str>).during(FAILED)
 }

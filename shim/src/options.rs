@@ -48,8 +48,10 @@ pub(crate) fn config(options: Option<&Any>) -> Result<Config, Error> {
     match name {
         // 1.6 calls the package `cri.runtimeoptions.v1`.
         "runtimeoptions.v1.Options" | "cri.runtimeoptions.v1.Options" => {}
-        // Sent by clients that know no runtime but runc. Nothing in it is for us.
-        "containerd.runc.v1.Options" => return load_default(),
+        // Sent by clients that know no runtime but runc, the second by ctr 1.6 with a user namespace. Nothing in them is for us.
+        "containerd.runc.v1.Options" | "containerd.linux.runc.CreateOptions" => {
+            return load_default();
+        }
         other => return Err(Error::UnknownOptions(other.to_owned())),
     }
     let options = RuntimeOptions::parse(&any.value).map_err(|source| Error::InvalidRequest {
@@ -144,7 +146,12 @@ mod tests {
     fn options_of_runc_are_tolerated_and_others_are_not() {
         let path = husk_config::DEFAULT_PATH;
         if !std::path::Path::new(path).exists() {
-            assert!(config(Some(&any("containerd.runc.v1.Options", b""))).is_ok());
+            for name in [
+                "containerd.runc.v1.Options",
+                "containerd.linux.runc.CreateOptions",
+            ] {
+                assert!(config(Some(&any(name, b""))).is_ok());
+            }
             assert!(config(None).is_ok());
         }
         assert!(matches!(

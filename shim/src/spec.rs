@@ -16,7 +16,7 @@ use oci_spec::runtime::{
 
 use crate::error::Error;
 use crate::pod::Kind;
-use crate::storage::Source;
+use crate::storage::{IdMaps, Source};
 
 /// Where in the shared folder of a container its root file system is.
 pub(crate) const ROOTFS: &str = "rootfs";
@@ -47,6 +47,16 @@ pub(crate) struct Bind {
     pub(crate) access: Access,
     /// Whether mounts that the host makes later below the source are to appear.
     pub(crate) follows_host: bool,
+    /// Whose its files are to be; `None` leaves them as they are.
+    pub(crate) owners: Option<Owners>,
+}
+
+/// Whose the files of a mount are to be.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Owners {
+    pub(crate) ids: IdMaps,
+    /// Whether that goes for what is mounted below it, too.
+    pub(crate) recursive: bool,
 }
 
 /// What may be done below a bind mount.
@@ -104,6 +114,12 @@ pub(crate) fn divide(
     if let Some(process) = spec.process_mut() {
         drop_host_labels(process);
     }
+    let container_ids = spec.linux().as_ref().and_then(|linux| {
+        IdMaps::of(
+            linux.uid_mappings().as_deref()?,
+            linux.gid_mappings().as_deref()?,
+        )
+    });
     if let Some(linux) = spec.linux_mut() {
         drop_host_linux(linux, kind)?;
     }
@@ -119,13 +135,14 @@ pub(crate) fn divide(
         volumes: Vec::new(),
         hooks,
     };
-    divide_mounts(&mut divided, kind, look)?;
+    divide_mounts(&mut divided, kind, container_ids.as_ref(), look)?;
     Ok(divided)
 }
 
 fn divide_mounts(
     divided: &mut Divided,
     kind: &Kind,
+    container_ids: Option<&IdMaps>,
     look: impl Fn(&Path, bool) -> io::Result<Source>,
 ) -> Result<(), Error> {
     let mounts = divided
@@ -134,10 +151,11 @@ fn divide_mounts(
         .as_deref_mut()
         .unwrap_or_default();
     for (place, mount) in mounts.iter_mut().enumerate() {
+        let owners = take_owners(mount, container_ids)?;
         if !is_bind(mount) {
             continue;
         }
-        let bind = bind(mount)?;
+        let bind = bind(mount, owners)?;
         let source =
             look(&bind.source, kind.is_shm(&bind.source)).map_err(|source| Error::Bind {
                 source_path: bind.source.clone(),
@@ -153,7 +171,14 @@ fn divide_mounts(
                 divided.binds.push(bind);
                 divided.places.push(place);
             }
-            Source::Memory { volume, folder } => {
+            Source::Memory { mut volume, folder } => {
+                if let Some(Owners { ids, .. }) = &bind.owners {
+                    // No file of it is on the host: what is made with the right owner needs no other one shown.
+                    (volume.uid, volume.gid) = ids
+                        .uid(volume.uid)
+                        .zip(ids.gid(volume.gid))
+                        .ok_or_else(|| unmapped(mount.destination()))?;
+                }
                 let path = Path::new(POD_VOLUMES).join(&volume.name).join(folder);
                 mount.set_source(Some(path));
                 divided.volumes.push(volume);
@@ -223,7 +248,47 @@ fn retain_options(mount: &mut Mount, keep: impl Fn(&str) -> bool) {
     }
 }
 
-fn bind(mount: &Mount) -> Result<Bind, Error> {
+/// Takes out of `mount` whose its files are to be, which the host's kernel sees to. A mount that does not say it itself
+/// means the ids of the container.
+fn take_owners(mount: &mut Mount, container_ids: Option<&IdMaps>) -> Result<Option<Owners>, Error> {
+    let recursive = has_option(mount, &["ridmap"]);
+    let wanted = recursive || has_option(mount, &["idmap"]);
+    let (uids, gids) = (
+        mount.uid_mappings_mut().take().unwrap_or_default(),
+        mount.gid_mappings_mut().take().unwrap_or_default(),
+    );
+    retain_options(mount, |option| option != "idmap" && option != "ridmap");
+    if !wanted && uids.is_empty() && gids.is_empty() {
+        return Ok(None);
+    }
+    let destination = mount.destination().display();
+    if !is_bind(mount) {
+        return Err(Error::UnsupportedSpec(format!(
+            "wants other owners (idmap) for the mount {destination}, which is no bind mount"
+        )));
+    }
+    let ids = if uids.is_empty() && gids.is_empty() {
+        container_ids.cloned()
+    } else {
+        IdMaps::of(&uids, &gids)
+    };
+    let ids = ids.ok_or_else(|| {
+        Error::UnsupportedSpec(format!(
+            "wants other owners (idmap) for the mount {destination} but says not which: both uidMappings and \
+             gidMappings are needed, of the mount or of the container"
+        ))
+    })?;
+    Ok(Some(Owners { ids, recursive }))
+}
+
+fn unmapped(destination: &Path) -> Error {
+    Error::UnsupportedSpec(format!(
+        "wants other owners (idmap) for the mount {}, but the mappings say nothing of the one that it has",
+        destination.display()
+    ))
+}
+
+fn bind(mount: &Mount, owners: Option<Owners>) -> Result<Bind, Error> {
     let destination = mount.destination();
     let source = mount.source().clone().ok_or_else(|| {
         Error::UnsupportedSpec(format!(
@@ -250,6 +315,7 @@ fn bind(mount: &Mount) -> Result<Bind, Error> {
             Access::Write
         },
         follows_host: !has_option(mount, &["private", "rprivate"]),
+        owners,
     })
 }
 
@@ -278,23 +344,21 @@ fn translate_namespaces(
     // The VM is the network namespace.
     namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
     for namespace in &mut namespaces {
-        if namespace.typ() == LinuxNamespaceType::User {
-            return Err(Error::UnsupportedSpec(
-                "asks for a user namespace (hostUsers: false), which husk does not make: root of the guest is not \
-                 that of the host without one"
-                    .to_owned(),
-            ));
-        }
         let Some(path) = namespace.path() else {
             continue;
         };
         let of_pod = match namespace.typ() {
             LinuxNamespaceType::Ipc => Some("ipc"),
             LinuxNamespaceType::Pid => Some("pid"),
+            LinuxNamespaceType::User => Some("user"),
             LinuxNamespaceType::Uts => Some("uts"),
             _ => None,
         };
         match (kind, of_pod) {
+            // containerd has made one, of the ids that are given here too. The guest makes its own.
+            (Kind::Sandbox, Some("user")) => {
+                namespace.set_path(None);
+            }
             // The namespaces of the process that stands for the sandbox on the host stand for those of the sandbox.
             (Kind::Member { .. }, Some(name)) => {
                 namespace.set_path(Some(Path::new(POD_NAMESPACES).join(name)));
@@ -347,6 +411,28 @@ fn refuse_listener(seccomp: &LinuxSeccomp) -> Result<(), Error> {
     )))
 }
 
+/// libcontainer writes one range itself, and several by programs that the guest does not have.
+fn check_user_namespace(linux: &Linux) -> Result<(), Error> {
+    let wanted = linux
+        .namespaces()
+        .iter()
+        .flatten()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    let [uids, gids] =
+        [linux.uid_mappings(), linux.gid_mappings()].map(|ranges| ranges.iter().flatten().count());
+    let trouble = match (wanted, uids, gids) {
+        (false, 0, 0) | (true, 1, 1) => return Ok(()),
+        (false, ..) => "has uidMappings or gidMappings, but no user namespace",
+        (true, 0, _) | (true, _, 0) => {
+            "has a user namespace but says not of which ids: both uidMappings and gidMappings are needed"
+        }
+        (true, ..) => {
+            "has a user namespace with more than one range of ids (uidMappings, gidMappings), of which one is supported"
+        }
+    };
+    Err(Error::UnsupportedSpec(trouble.to_owned()))
+}
+
 fn drop_host_linux(linux: &mut Linux, kind: &Kind) -> Result<(), Error> {
     let mut namespaces =
         translate_namespaces(linux.namespaces().clone().unwrap_or_default(), kind)?;
@@ -369,6 +455,7 @@ fn drop_host_linux(linux: &mut Linux, kind: &Kind) -> Result<(), Error> {
     if let Some(seccomp) = linux.seccomp() {
         refuse_listener(seccomp)?;
     }
+    check_user_namespace(linux)?;
     // The agent chooses the place in the guest's hierarchy.
     linux.set_cgroups_path(None);
     linux.set_mount_label(None);
@@ -474,6 +561,7 @@ mod tests {
             recursive: true,
             access: Access::Read,
             follows_host: true,
+            owners: None,
         };
         let hosts = Bind {
             source: "/etc/hosts".into(),
@@ -481,6 +569,7 @@ mod tests {
             recursive: false,
             access: Access::Write,
             follows_host: false,
+            owners: None,
         };
         assert_eq!(divided.binds, [data, hosts]);
         divided.place([".volume-7", ".volume-2"].into_iter());
@@ -545,14 +634,118 @@ mod tests {
     }
 
     #[test]
-    fn user_namespace_is_refused_before_anything_boots() {
-        for namespace in [
-            json!({"type": "user"}),
-            json!({"type": "user", "path": "/x"}),
+    fn user_namespace_of_the_pod_is_the_sandboxes() {
+        let namespaces = |namespace: Value, kind: &Kind| {
+            let ids = json!([{"containerID": 0, "hostID": 100_000, "size": 1000}]);
+            let spec = spec(json!({"linux": {
+                "namespaces": [namespace], "uidMappings": ids, "gidMappings": ids
+            }}));
+            let divided = super::divide(spec, "x", kind, shared)?;
+            Ok::<_, Error>(guest_json(&divided)["linux"]["namespaces"].clone())
+        };
+        let own = json!({"type": "user"});
+        assert_eq!(
+            namespaces(own.clone(), &Kind::Single).unwrap(),
+            json!([own])
+        );
+        let of_sandbox = json!({"type": "user", "path": "/proc/7/ns/user"});
+        assert_eq!(
+            namespaces(of_sandbox.clone(), &member()).unwrap(),
+            json!([{"type": "user", "path": "/run/husk/pod/ns/user"}])
+        );
+        let made = serde_json::from_value(json!([of_sandbox])).unwrap();
+        let made = translate_namespaces(made, &Kind::Sandbox).unwrap();
+        assert_eq!(serde_json::to_value(made).unwrap(), json!([own]));
+        let err = namespaces(of_sandbox, &Kind::Single).unwrap_err();
+        assert!(err.to_string().contains("/proc/7/ns/user"), "{err}");
+    }
+
+    #[test]
+    fn user_namespace_has_one_range_of_ids() {
+        let one = json!([{"containerID": 0, "hostID": 100_000, "size": 1000}]);
+        let two = json!([one[0], {"containerID": 1000, "hostID": 1000, "size": 1}]);
+        let (user, none) = (json!([{"type": "user"}]), json!([]));
+        for (namespaces, uids, gids, trouble) in [
+            (&user, &two, &one, "more than one range"),
+            (&user, &one, &none, "says not of which ids"),
+            (&none, &one, &one, "no user namespace"),
         ] {
-            let spec = spec(json!({"linux": {"namespaces": [namespace]}}));
+            let spec = spec(json!({"linux": {
+                "namespaces": namespaces, "uidMappings": uids, "gidMappings": gids
+            }}));
             let err = divide(spec, "x").unwrap_err().to_string();
-            assert!(err.contains("hostUsers"), "{err}");
+            assert!(err.contains(trouble), "{err}");
+        }
+    }
+
+    /// A mount whose files are to belong to others, in a container whose root is the user 100000.
+    fn with_owners(mount: &Value) -> Spec {
+        let mappings = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        let mut mount = mount.clone();
+        mount["destination"] = json!("/data");
+        spec(json!({
+            "mounts": [mount],
+            "linux": {
+                "namespaces": [{"type": "user"}],
+                "uidMappings": mappings.clone(),
+                "gidMappings": mappings,
+            }
+        }))
+    }
+
+    #[test]
+    fn owners_of_a_mount_are_the_hosts_business() {
+        let own = json!([{"containerID": 0, "hostID": 7, "size": 1}]);
+        for (mount, uid, recursive) in [
+            (json!({"options": ["rbind", "idmap"]}), 100_000, false),
+            (json!({"options": ["rbind", "ridmap"]}), 100_000, true),
+            (
+                json!({"options": ["rbind"], "uidMappings": own.clone(), "gidMappings": own}),
+                7,
+                false,
+            ),
+        ] {
+            let mut mount = mount;
+            mount["source"] = json!("/srv");
+            let divided = divide(with_owners(&mount), "x").unwrap();
+            let owners = divided.binds[0].owners.as_ref().unwrap();
+            assert_eq!(
+                (owners.ids.uid(0), owners.recursive),
+                (Some(uid), recursive)
+            );
+            let guest = &guest_json(&divided)["mounts"][0];
+            assert_eq!(guest["options"], json!(["rbind"]));
+            assert!(guest.get("uidMappings").is_none(), "{guest}");
+        }
+    }
+
+    #[test]
+    fn volume_in_memory_is_made_with_its_owner() {
+        let mount = json!({"source": "/m", "options": ["rbind", "idmap"]});
+        let look = |_: &Path, _: bool| {
+            let volume = Volume {
+                gid: 44,
+                ..Volume::default()
+            };
+            Ok(Source::Memory {
+                volume,
+                folder: PathBuf::new(),
+            })
+        };
+        let divided = super::divide(with_owners(&mount), "x", &Kind::Single, look).unwrap();
+        let volume = &divided.volumes[0];
+        assert_eq!((volume.uid, volume.gid), (100_000, 100_044));
+    }
+
+    #[test]
+    fn owners_that_nobody_names_are_refused() {
+        for mount in [
+            json!({"type": "tmpfs", "source": "tmpfs", "options": ["idmap"]}),
+            json!({"source": "/srv", "options": ["bind"],
+                   "uidMappings": [{"containerID": 0, "hostID": 7, "size": 1}]}),
+        ] {
+            let err = divide(with_owners(&mount), "x").unwrap_err().to_string();
+            assert!(err.contains("idmap") && err.contains("/data"), "{err}");
         }
     }
 

@@ -79,6 +79,7 @@ const MOUNT_OPTIONS: &[&str] = &[
     "diratime",
     "dirsync",
     "exec",
+    "idmap",
     "iversion",
     "mand",
     "noatime",
@@ -94,6 +95,7 @@ const MOUNT_OPTIONS: &[&str] = &[
     "private",
     "rbind",
     "relatime",
+    "ridmap",
     "ro",
     "rprivate",
     "rro",
@@ -220,13 +222,13 @@ fn features() -> Any {
         "hooks": ["prestart", "createRuntime", "startContainer", "poststart", "poststop"],
         "mountOptions": MOUNT_OPTIONS,
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
             "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},
             "seccomp": {"enabled": true},
             "apparmor": {"enabled": false},
             "selinux": {"enabled": false},
             "intelRdt": {"enabled": false},
-            "mountExtensions": {"idmap": {"enabled": false}},
+            "mountExtensions": {"idmap": {"enabled": true}},
         },
     });
     Any {

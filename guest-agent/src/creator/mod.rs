@@ -19,7 +19,9 @@ use libcontainer::capabilities::CapabilityExt;
 use libcontainer::container::ContainerStatus;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
-use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, LinuxResources, Process};
+use oci_spec::runtime::{
+    Capabilities, Capability, LinuxCapabilities, LinuxResources, Process, User,
+};
 use rustix::io::FdFlags;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
@@ -138,10 +140,14 @@ fn follow(order: Order, reporter: &Reporter, gate: Option<OwnedFd>) -> anyhow::R
     let late_capabilities = confinement
         .as_ref()
         .is_some_and(|confinement| confinement.late_capabilities.is_some());
+    let changes_identity = confinement
+        .as_ref()
+        .is_some_and(|confinement| confinement.identity.is_some());
     let program = match &order.work {
         Work::Create { sandbox: true, .. } => Program::pause(reporter.clone())?,
         Work::Create { .. } | Work::Exec { .. } | Work::Update { .. } => {
             Program::new(reporter.clone(), gate, confinement)
+                .context("finding the container's user namespace")?
         }
     };
     let builder = ContainerBuilder::new(order.container_id.clone(), SyscallType::default())
@@ -161,8 +167,8 @@ fn follow(order: Order, reporter: &Reporter, gate: Option<OwnedFd>) -> anyhow::R
             sub_cgroup,
             ..
         } => {
-            if late_capabilities {
-                keep_capabilities(&process)?;
+            if late_capabilities || changes_identity {
+                keep_rights(&process, changes_identity)?;
             }
             let pid = builder
                 .as_tenant()
@@ -179,12 +185,18 @@ fn follow(order: Order, reporter: &Reporter, gate: Option<OwnedFd>) -> anyhow::R
     }
 }
 
-/// Gives the process every capability for the time until its filter is in place: installing one without the
-/// `no_new_privs` bit takes `CAP_SYS_ADMIN`, and giving the others up takes `CAP_SETPCAP`.
-fn keep_capabilities(process: &Path) -> anyhow::Result<()> {
+/// Gives the process every capability for the time until it confines itself: installing a filter without the
+/// `no_new_privs` bit takes `CAP_SYS_ADMIN`, as entering a user namespace does, and giving the others up takes
+/// `CAP_SETPCAP`. Whoever is to change its identity is root until then.
+fn keep_rights(process: &Path, changes_identity: bool) -> anyhow::Result<()> {
     let text = fs::read(process).context("reading the process")?;
     let mut spec: Process = serde_json::from_slice(&text).context("reading the process")?;
     spec.set_capabilities(Some(all_capabilities()));
+    if changes_identity {
+        let mut root = User::default();
+        root.set_uid(0).set_gid(0).set_umask(spec.user().umask());
+        spec.set_user(root);
+    }
     let text = serde_json::to_vec(&spec).context("writing the process")?;
     fs::write(process, text).context("writing the process")
 }

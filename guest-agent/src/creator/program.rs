@@ -9,7 +9,7 @@ use std::env;
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,8 +19,11 @@ use libcontainer::syscall::linux::LinuxSyscall;
 use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
+use nix::sched::{CloneFlags, setns};
+use nix::sys::prctl;
 use nix::sys::signal::{SigHandler, Signal, signal};
-use oci_spec::runtime::{Process, Spec};
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+use oci_spec::runtime::{Process, Spec, User};
 use rustix::fs::Access;
 
 use super::Reporter;
@@ -36,6 +39,8 @@ pub(super) struct Program {
     reporter: Reporter,
     gate: Option<Arc<OwnedFd>>,
     confinement: Option<Confinement>,
+    /// That of the confinement's identity, while the agent's /proc could still be seen.
+    user_namespace: Option<Arc<OwnedFd>>,
     /// The agent's own program, to be run in the place of the user's in a pod's sandbox.
     pause: Option<Arc<File>>,
     /// Found by `validate`, used by `exec`: between them, the process gives up rights that finding it may need.
@@ -47,14 +52,20 @@ impl Program {
         reporter: Reporter,
         gate: Option<OwnedFd>,
         confinement: Option<Confinement>,
-    ) -> Self {
-        Self {
+    ) -> io::Result<Self> {
+        let user_namespace = confinement
+            .as_ref()
+            .and_then(|confinement| confinement.identity.as_ref())
+            .map(|identity| File::open(format!("/proc/{}/ns/user", identity.with)))
+            .transpose()?;
+        Ok(Self {
             reporter,
             gate: gate.map(Arc::new),
             confinement,
+            user_namespace: user_namespace.map(|namespace| Arc::new(namespace.into())),
             pause: None,
             path: Arc::default(),
-        }
+        })
     }
 
     /// That of a pod's sandbox.
@@ -62,7 +73,7 @@ impl Program {
         let own_program = File::open(OWN_PROGRAM)?;
         Ok(Self {
             pause: Some(Arc::new(own_program)),
-            ..Self::new(reporter, None, None)
+            ..Self::new(reporter, None, None)?
         })
     }
 
@@ -77,8 +88,17 @@ impl Program {
         let Some(confinement) = &self.confinement else {
             return Ok(());
         };
-        libcontainer::seccomp::initialize_seccomp(&confinement.seccomp)
-            .map_err(|error| format!("the seccomp filter: {}", crate::error::chain(&error)))?;
+        if let (Some(namespace), Some(identity)) = (&self.user_namespace, &confinement.identity) {
+            become_user(namespace.as_fd(), &identity.user)
+                .map_err(|error| format!("the user: {}", describe(error)))?;
+            // Changing the user has put them out of effect.
+            capabilities::reset_effective(&LinuxSyscall)
+                .map_err(|error| format!("the capabilities: {}", crate::error::chain(&error)))?;
+        }
+        if let Some(seccomp) = &confinement.seccomp {
+            libcontainer::seccomp::initialize_seccomp(seccomp)
+                .map_err(|error| format!("the seccomp filter: {}", crate::error::chain(&error)))?;
+        }
         if let Some(capabilities) = &confinement.late_capabilities {
             capabilities::drop_privileges(capabilities, &LinuxSyscall)
                 .map_err(|error| format!("the capabilities: {}", crate::error::chain(&error)))?;
@@ -163,6 +183,26 @@ impl Executor for Program {
         self.fail(&message);
         Err(ExecutorError::Other(message))
     }
+}
+
+/// Enters a user namespace, with every capability in it, and becomes one of its users.
+fn become_user(namespace: BorrowedFd<'_>, user: &User) -> nix::Result<()> {
+    // From here on it is in reach of the container's root, and has still the agent's memory.
+    prctl::set_dumpable(false)?;
+    setns(namespace, CloneFlags::CLONE_NEWUSER)?;
+    let groups: Vec<Gid> = user
+        .additional_gids()
+        .iter()
+        .flatten()
+        .map(|gid| Gid::from_raw(*gid))
+        .collect();
+    let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));
+    setgroups(&groups)?;
+    setresgid(gid, gid, gid)?;
+    // The capabilities are given up once the filter is installed.
+    prctl::set_keepcaps(true)?;
+    setresuid(uid, uid, uid)?;
+    prctl::set_keepcaps(false)
 }
 
 fn search_path(process: &Process) -> String {

@@ -12,7 +12,7 @@ use nix::libc;
 use nix::mount::MsFlags;
 use nix::sys::statvfs::{FsFlags, statvfs};
 
-use super::{bind_mount, change, read_only};
+use super::{bind_mount, change, idmap, read_only};
 use crate::spec::{Access, Bind};
 
 /// Mounts `bind` at `target`, which does not exist yet.
@@ -22,7 +22,16 @@ pub(super) fn mount(bind: &Bind, target: &Path) -> io::Result<()> {
     } else {
         File::create_new(target)?;
     }
-    bind_mount(&bind.source, target, bind.recursive)?;
+    match &bind.owners {
+        None => bind_mount(&bind.source, target, bind.recursive)?,
+        Some(owners) => idmap::mount(
+            &bind.source,
+            target,
+            &owners.ids,
+            bind.recursive,
+            owners.recursive,
+        )?,
+    }
     if !bind.follows_host {
         change(target, MsFlags::MS_PRIVATE | MsFlags::MS_REC)?;
     }

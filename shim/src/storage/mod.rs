@@ -14,6 +14,7 @@
 //! it is at that moment: a change of its flags (read-only) afterwards would not follow.
 
 mod bind;
+mod idmap;
 mod rootfs;
 mod source;
 mod volume;
@@ -31,6 +32,7 @@ use crate::error::Error;
 use crate::spec::{Bind, ROOTFS};
 use volume::{Places, Volume, Volumes};
 
+pub(crate) use idmap::IdMaps;
 pub(crate) use source::{Source, look};
 
 /// The tmpfs holds mount points, nothing else: this bounds what a guest that can write below `share` could fill.

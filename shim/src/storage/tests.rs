@@ -45,6 +45,7 @@ fn bind(source: &Path, access: Access) -> Bind {
         recursive: true,
         access,
         follows_host: true,
+        owners: None,
     }
 }
 
