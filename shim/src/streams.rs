@@ -547,10 +547,12 @@ mod tests {
         (streams, [guest_stdin, guest_stdout, guest_stderr])
     }
 
-    async fn read_all(path: PathBuf) -> JoinHandle<Vec<u8>> {
+    /// Is a reader from now on: what nobody reads before the process ends is lost. To be called while the shim has its end.
+    fn read_all(path: PathBuf) -> JoinHandle<Vec<u8>> {
+        let mut file = File::open(path).unwrap();
         tokio::task::spawn_blocking(move || {
             let mut bytes = Vec::new();
-            File::open(path).unwrap().read_to_end(&mut bytes).unwrap();
+            file.read_to_end(&mut bytes).unwrap();
             bytes
         })
     }
@@ -608,8 +610,8 @@ mod tests {
         let writer = tokio::spawn(async move {
             stdout.write_all(&text).await.unwrap();
         });
-        let out = read_all(fifos.path("stdout")).await;
-        let err = read_all(fifos.path("stderr")).await;
+        let out = read_all(fifos.path("stdout"));
+        let err = read_all(fifos.path("stderr"));
         writer.await.unwrap();
         drop(stderr);
         streams.drain(Duration::from_secs(10)).await;
