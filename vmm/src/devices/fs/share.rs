@@ -7,7 +7,8 @@
 //! - "..": LOOKUP follows it anywhere but in the root. Here nowhere: no client of ours needs it (it serves NFS exports).
 //! - folders: it reads more entries than an answer has room for, and seeks back.
 //! - open files: as many as there are descriptors. Here there is a limit that leaves some for the rest of the process.
-//! - abilities: without a further word it agrees to writes of 4 KiB. Here the large ones are agreed to as well.
+//! - abilities: without a further word it agrees to writes of 4 KiB, and to no ACLs. Here both are agreed to as well.
+//! - ACLs: it applies a umask where a default ACL replaces it, and leaves a setgid bit that setting an ACL takes away.
 
 use std::ffi::CStr;
 use std::fmt;
@@ -22,6 +23,7 @@ use fuse_backend_rs::api::filesystem::{
     SetattrValid, ZeroCopyReader, ZeroCopyWriter,
 };
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 /// How long the guest may take names and attributes for valid without asking. The host may change the folder too; this
 /// is how stale the guest's view of that can be. virtiofsd's default.
@@ -49,13 +51,19 @@ const OPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_SYNC
     | libc::O_TRUNC;
 
+/// Where Linux has the ACLs of files, and those that a folder's new files inherit.
+const ACCESS_ACL: &CStr = c"system.posix_acl_access";
+const DEFAULT_ACL: &CStr = c"system.posix_acl_default";
+
 /// What is agreed to beside what the library asks for.
 const OPTIONS: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::BIG_WRITES)
     .union(FsOptions::MAX_PAGES)
     .union(FsOptions::ATOMIC_O_TRUNC)
     .union(FsOptions::AUTO_INVAL_DATA)
+    .union(FsOptions::DONT_MASK)
     .union(FsOptions::PARALLEL_DIROPS)
+    .union(FsOptions::POSIX_ACL)
     .union(FsOptions::ASYNC_DIO);
 
 /// Bytes to read from a folder of the host for an answer of `size` bytes to READDIRPLUS, and to READDIR: what is read
@@ -134,6 +142,15 @@ impl Share {
         })
     }
 
+    /// What of `umask` counts for a file that is made in `parent`: nothing where a default ACL says who may what. The
+    /// guest's kernel leaves that to us (DONT_MASK), since it does not know of default ACLs.
+    fn umask(&self, ctx: &Context, parent: u64, umask: u32) -> u32 {
+        match self.fs.getxattr(ctx, parent, DEFAULT_ACL, 0) {
+            Ok(GetxattrReply::Count(1..)) => 0,
+            _ => umask & 0o777,
+        }
+    }
+
     fn closed(&self, result: io::Result<()>) -> io::Result<()> {
         result.inspect(|()| {
             self.open.fetch_sub(1, Ordering::Relaxed);
@@ -144,6 +161,18 @@ impl Share {
 /// The flags of `flags` that may pass.
 fn open_flags(flags: u32) -> u32 {
     flags & OPEN_FLAGS.cast_unsigned()
+}
+
+/// Runs `work` as one who may not give a file the setgid bit of a group that is not theirs.
+fn without_setgid_right<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let mut sets = capabilities(None)?;
+    let all = sets.effective;
+    sets.effective.remove(CapabilitySet::FSETID);
+    set_capabilities(None, sets)?;
+    let result = work();
+    sets.effective = all;
+    set_capabilities(None, sets)?;
+    result
 }
 
 /// Methods that the passthrough file system may have as they are.
@@ -205,6 +234,7 @@ impl FileSystem for Share {
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
         let args = CreateIn {
             flags: open_flags(args.flags),
+            umask: self.umask(ctx, parent, args.umask),
             ..args
         };
         self.opening(|| self.fs.create(ctx, parent, name, args))
@@ -274,6 +304,50 @@ impl FileSystem for Share {
         )
     }
 
+    fn mknod(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        mode: u32,
+        rdev: u32,
+        umask: u32,
+    ) -> io::Result<Entry> {
+        let umask = self.umask(ctx, parent, umask);
+        self.fs.mknod(ctx, parent, name, mode, rdev, umask)
+    }
+
+    fn mkdir(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        mode: u32,
+        umask: u32,
+    ) -> io::Result<Entry> {
+        let umask = self.umask(ctx, parent, umask);
+        self.fs.mkdir(ctx, parent, name, mode, umask)
+    }
+
+    fn setxattr(
+        &self,
+        ctx: &Context,
+        inode: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+    ) -> io::Result<()> {
+        let set = || self.fs.setxattr(ctx, inode, name, value, flags);
+        // Of the user's groups FUSE tells one. Where another is the file's, the bit goes although it might stay.
+        if name == ACCESS_ACL
+            && ctx.uid != 0
+            && self.fs.getattr(ctx, inode, None)?.0.st_gid != ctx.gid
+        {
+            return without_setgid_right(set);
+        }
+        set()
+    }
+
     fn getxattr(
         &self,
         ctx: &Context,
@@ -329,16 +403,6 @@ impl FileSystem for Share {
         ) -> io::Result<(stat64, Duration)>;
         fn readlink(&self, ctx: &Context, inode: u64) -> io::Result<Vec<u8>>;
         fn symlink(&self, ctx: &Context, linkname: &CStr, parent: u64, name: &CStr) -> io::Result<Entry>;
-        fn mknod(
-            &self,
-            ctx: &Context,
-            inode: u64,
-            name: &CStr,
-            mode: u32,
-            rdev: u32,
-            umask: u32,
-        ) -> io::Result<Entry>;
-        fn mkdir(&self, ctx: &Context, parent: u64, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry>;
         fn unlink(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()>;
         fn rmdir(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()>;
         fn rename(
@@ -364,7 +428,6 @@ impl FileSystem for Share {
             length: u64,
         ) -> io::Result<()>;
         fn statfs(&self, ctx: &Context, inode: u64) -> io::Result<statvfs64>;
-        fn setxattr(&self, ctx: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()>;
         fn removexattr(&self, ctx: &Context, inode: u64, name: &CStr) -> io::Result<()>;
         fn access(&self, ctx: &Context, inode: u64, mask: u32) -> io::Result<()>;
         fn lseek(&self, ctx: &Context, inode: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64>;

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use fuse_backend_rs::abi::fuse_abi::{
     AttrOut, CreateIn, Dirent, EntryOut, GetattrIn, GetxattrIn, InHeader, InitIn, InitIn2, InitOut,
-    MkdirIn, Opcode, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, SetattrIn, SetxattrIn, WriteIn,
-    WriteOut,
+    MkdirIn, MknodIn, Opcode, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, SetattrIn, SetxattrIn,
+    WriteIn, WriteOut,
 };
 use fuse_backend_rs::api::filesystem::{FsOptions, ROOT_ID};
 use proptest::prelude::*;
@@ -178,6 +178,15 @@ impl Guest {
         self.ask(Opcode::Unlink, parent, &named(&[], name), 0)
     }
 
+    fn setxattr(&mut self, node: u64, name: &str, value: &[u8]) -> Answer {
+        let set = SetxattrIn {
+            size: u32::try_from(value.len()).unwrap(),
+            flags: 0,
+        };
+        let body = [&named(set.as_slice(), name), value].concat();
+        self.ask(Opcode::Setxattr, node, &body, 0)
+    }
+
     fn forget(&mut self, node: u64, nlookup: u64) {
         let header = self.header(Opcode::Forget as u32, node, 8);
         let used = self.driver.request(
@@ -333,6 +342,85 @@ fn files_can_be_made_by_right_of_a_supplementary_group() {
         .create(volume.nodeid, "file", libc::O_CREAT | libc::O_RDWR)
         .unwrap();
     assert_eq!(fs::metadata(guest.path("volume/file")).unwrap().uid(), 1000);
+}
+
+/// An ACL as Linux has it in an extended attribute, which lets uid 1000 read and write what nobody else may.
+fn acl() -> Vec<u8> {
+    let entries = [
+        (1_u16, 6_u16, u32::MAX),
+        (2, 6, 1000),
+        (4, 0, u32::MAX),
+        (16, 6, u32::MAX),
+        (32, 0, u32::MAX),
+    ];
+    let mut bytes = 2_u32.to_le_bytes().to_vec();
+    for (tag, rights, id) in entries {
+        bytes.extend(tag.to_le_bytes());
+        bytes.extend(rights.to_le_bytes());
+        bytes.extend(id.to_le_bytes());
+    }
+    bytes
+}
+
+#[test]
+fn default_acl_takes_the_place_of_the_umask() {
+    let mut guest = Guest::mounted();
+    let modes = |guest: &mut Guest| {
+        let args = CreateIn {
+            flags: FLAGS.cast_unsigned(),
+            mode: libc::S_IFREG | 0o666,
+            umask: 0o077,
+            fuse_flags: 0,
+        };
+        let body = named(args.as_slice(), "file");
+        guest.ask(Opcode::Create, ROOT_ID, &body, 256).unwrap();
+        let args = MkdirIn {
+            mode: 0o777,
+            umask: 0o077,
+        };
+        let body = named(args.as_slice(), "folder");
+        guest.ask(Opcode::Mkdir, ROOT_ID, &body, 256).unwrap();
+        let args = MknodIn {
+            mode: libc::S_IFIFO | 0o666,
+            rdev: 0,
+            umask: 0o077,
+            padding: 0,
+        };
+        let body = named(args.as_slice(), "pipe");
+        guest.ask(Opcode::Mknod, ROOT_ID, &body, 256).unwrap();
+        let modes = ["file", "folder", "pipe"]
+            .map(|name| fs::metadata(guest.path(name)).unwrap().mode() & 0o777);
+        fs::remove_file(guest.path("file")).unwrap();
+        fs::remove_dir(guest.path("folder")).unwrap();
+        fs::remove_file(guest.path("pipe")).unwrap();
+        modes
+    };
+    assert_eq!(modes(&mut guest), [0o600, 0o700, 0o600]);
+    guest
+        .setxattr(ROOT_ID, "system.posix_acl_default", &acl())
+        .unwrap();
+    assert_eq!(modes(&mut guest), [0o660; 3]);
+}
+
+#[test]
+fn setting_an_acl_takes_the_setgid_bit_of_a_foreign_group() {
+    if without_root() {
+        return;
+    }
+    let mut guest = Guest::mounted();
+    let (entry, _) = guest.create(ROOT_ID, "file", FLAGS).unwrap();
+    std::os::unix::fs::chown(guest.path("file"), Some(1000), Some(44)).unwrap();
+    let mut set_as = |uid, gid| {
+        fs::set_permissions(guest.path("file"), fs::Permissions::from_mode(0o2770)).unwrap();
+        (guest.uid, guest.gid) = (uid, gid);
+        guest
+            .setxattr(entry.nodeid, "system.posix_acl_access", &acl())
+            .unwrap();
+        fs::metadata(guest.path("file")).unwrap().mode() & libc::S_ISGID != 0
+    };
+    assert!(!set_as(1000, 1000));
+    assert!(set_as(1000, 44));
+    assert!(set_as(0, 0));
 }
 
 #[test]
@@ -559,9 +647,7 @@ fn extended_attributes_are_stored_and_absurd_sizes_do_no_harm() {
     let (entry, _) = guest
         .create(ROOT_ID, "x", libc::O_CREAT | libc::O_RDWR)
         .unwrap();
-    let set = SetxattrIn { size: 5, flags: 0 };
-    let body = [named(set.as_slice(), "user.husk"), b"value".to_vec()].concat();
-    match guest.ask(Opcode::Setxattr, entry.nodeid, &body, 0) {
+    match guest.setxattr(entry.nodeid, "user.husk", b"value") {
         Err(libc::EOPNOTSUPP) => {
             return say_skipped("the temporary folder has no user attributes");
         }
