@@ -1,0 +1,72 @@
+"""Files of the host in a container: names, and what fails on the host."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+
+from harness import Case
+
+# Of 255 bytes, with every byte that a name may have, and many that are no UTF-8.
+NAME = bytes(byte for byte in range(256) if byte not in b"\0/").ljust(255, b"~")
+
+
+class Storage(Case):
+    def setUp(self):
+        self.enterContext(self.nothing_left())
+        super().setUp()
+        self.share = os.path.join(self.folder, "share")
+        os.mkdir(self.share)
+
+    def mount(self, rights="rw"):
+        """The options that bind the folder into a container."""
+        return ["--mount", f"type=bind,src={self.share},dst=/share,options=rbind:{rights}"]
+
+    def disk(self, mebibytes, *options):
+        """Makes the folder the root of an ext4 of its own."""
+        image = os.path.join(self.folder, "disk")
+        with open(image, "wb") as file:
+            file.truncate(mebibytes << 20)
+        self.command("mkfs.ext4", "-q", image, code=0)
+        self.command("mount", "-o", ",".join(["loop", *options]), image, self.share, code=0)
+        self.addCleanup(subprocess.run, ["umount", self.share], check=True)
+
+    def test_a_full_disk(self):
+        self.disk(16)
+        task = self.start(options=self.mount())
+        full = task.exec("dd", "if=/dev/zero", "of=/share/large", "bs=64k", code=1)
+        self.assertIn("No space left on device", full.err)
+        self.assertIn("No space left on device", task.exec("mkdir", "-p", *(f"/share/{n}" for n in range(50)), code=1).err)
+        self.assertGreater(os.stat(f"{self.share}/large").st_size, 8 << 20)
+        task.exec("sh", "-c", "rm /share/large && echo room >/share/small", code=0)
+
+    def test_a_read_only_disk(self):
+        self.disk(16, "ro")
+        for write in (["touch", "/share/new"], ["rmdir", "/share/lost+found"], ["chmod", "0700", "/share"]):
+            self.assertIn("Read-only file system", self.run_container(*write, options=self.mount(), code=1).err)
+
+    def test_a_read_only_mount(self):
+        with open(f"{self.share}/old", "wb"):
+            pass
+        for write in (["touch", "/share/new"], ["rm", "-f", "/share/old"], ["dd", "if=/dev/zero", "of=/share/old", "count=1"]):
+            self.assertIn("Read-only file system", self.run_container(*write, options=self.mount("ro"), code=1).err)
+
+    def test_names_of_any_bytes(self):
+        path = os.fsencode(self.share)
+        with open(path + b"/" + NAME, "wb") as file:
+            file.write(b"found\n")
+        out = self.output_of(
+            "sh", "-c", "cd /share; cat -- *; printf %s * | sha256sum; mkdir made; cp -- *~ made", options=self.mount())
+        self.assertEqual(out.split(), ["found", hashlib.sha256(NAME).hexdigest(), "-"])
+        self.assertEqual(os.listdir(path + b"/made"), [NAME])
+
+    def test_a_folder_that_the_host_removes(self):
+        with open(f"{self.share}/file", "w", encoding="ascii") as file:
+            file.write("still there\n")
+        task = self.start("sh", "-c", "exec <share/file; while sleep 1000; do :; done", options=self.mount())
+        task.exec("cat", "/share/file", code=0)
+        shutil.rmtree(self.share)
+        for use in (["cat", "/share/file"], ["touch", "/share/new"], ["mkdir", "/share/new"]):
+            self.assertIn("No such file", task.exec(*use, code=1).err)
+        # What is open stays.
+        self.assertEqual(task.exec("cat", "/proc/1/fd/0", code=0).out, "still there")
