@@ -55,11 +55,11 @@ const OPEN_FLAGS: i32 = libc::O_ACCMODE
 const ACCESS_ACL: &CStr = c"system.posix_acl_access";
 const DEFAULT_ACL: &CStr = c"system.posix_acl_default";
 
-/// What is agreed to beside what the library asks for.
+/// What is agreed to beside what the library asks for. Not ATOMIC_O_TRUNC: the guest's kernel asks for the open before it finds
+/// that the file is a running program, which must not be emptied.
 const OPTIONS: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::BIG_WRITES)
     .union(FsOptions::MAX_PAGES)
-    .union(FsOptions::ATOMIC_O_TRUNC)
     .union(FsOptions::AUTO_INVAL_DATA)
     .union(FsOptions::DONT_MASK)
     .union(FsOptions::PARALLEL_DIROPS)

@@ -237,6 +237,7 @@ fn init_agrees_to_large_requests() {
     assert!(!flags.intersects(
         FsOptions::WRITEBACK_CACHE
             | FsOptions::ZERO_MESSAGE_OPEN
+            | FsOptions::ATOMIC_O_TRUNC
             | FsOptions::POSIX_LOCKS
             | FsOptions::FLOCK_LOCKS
             | FsOptions::EXPORT_SUPPORT
