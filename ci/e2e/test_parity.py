@@ -158,7 +158,8 @@ class Parity(Case):
             terminal.resize(40, 120)
             run("until [ \"$(stty size)\" = '40 120' ]; do sleep 0.2; done; stty size")
             terminal.expect("# ")
-            terminal.type("trap 'echo cau''ght' INT; echo rea''dy; sleep 1000\n")
+            # A signal that comes before a program has started would wait for its end: here the shell itself waits.
+            terminal.type("told=; trap told=1 INT; echo rea''dy; until [ $told ]; do :; done; echo cau''ght\n")
             terminal.expect("ready")
             terminal.type("\x03")
             terminal.expect("caught")
