@@ -408,24 +408,7 @@ impl Starting {
     }
 
     fn into_vm(self, agent: Agent, mut network: Network, sizes: VmSizes, phases: Phases) -> Vm {
-        if let Some(forward) = network.forward() {
-            let (worker, end) = (self.worker.0.clone(), self.end.clone());
-            tokio::spawn(async move {
-                tokio::select! {
-                    () = forward.serve(worker) => {}
-                    _ = end.wait() => {}
-                }
-            });
-        }
-        if let Some(follow) = network.follow() {
-            let (worker, agent, end) = (self.worker.0.clone(), agent.clone(), self.end.clone());
-            network.followed_by(tokio::spawn(async move {
-                tokio::select! {
-                    () = follow.serve(worker, agent) => {}
-                    _ = end.wait() => {}
-                }
-            }));
-        }
+        network.serve(&self.worker.0, &agent, &self.end);
         Vm {
             agent,
             worker: self.worker,

@@ -5,15 +5,11 @@
 use std::collections::HashSet;
 
 use futures::StreamExt;
-use futures::channel::mpsc::UnboundedReceiver;
 use husk_protocol::agent::UpdateNetworkRequest;
 use log::{info, warn};
-use rtnetlink::packet_core::NetlinkMessage;
-use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::sys::SocketAddr;
 use rtnetlink::{Handle, MulticastGroup};
 
-use super::namespace::Namespace;
+use super::namespace::{Namespace, News};
 use super::scan::{self, Interface};
 use super::{NetworkError, Nic, redirect, settings};
 use crate::agent::Agent;
@@ -21,7 +17,7 @@ use crate::error::{Error, chain};
 use crate::vmm::Worker;
 
 /// What a guest is told of. Neighbours are not among it: most of what the kernel tells of them is no setting.
-const GROUPS: &[MulticastGroup] = &[
+pub(super) const GROUPS: &[MulticastGroup] = &[
     MulticastGroup::Link,
     MulticastGroup::Ipv4Ifaddr,
     MulticastGroup::Ipv6Ifaddr,
@@ -30,19 +26,6 @@ const GROUPS: &[MulticastGroup] = &[
     MulticastGroup::Ipv4Rule,
     MulticastGroup::Ipv6Rule,
 ];
-
-/// What the kernel tells unasked.
-pub(super) type News = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>;
-
-/// Opens a netlink socket inside `namespace` that hears of every change from now on.
-pub(super) async fn subscribe(namespace: &Namespace) -> Result<(Handle, News), NetworkError> {
-    let (connection, netlink, news) = namespace
-        .inside(|| rtnetlink::new_multicast_connection(GROUPS))
-        .await?
-        .map_err(NetworkError::Enter)?;
-    tokio::spawn(connection);
-    Ok((netlink, news))
-}
 
 /// Keeps a guest's network like that of its namespace.
 #[derive(Debug)]

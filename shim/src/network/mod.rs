@@ -36,10 +36,13 @@ use husk_vmm::config::NicConfig;
 use log::{info, warn};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
+use crate::agent::Agent;
 use crate::error::{Error, chain};
+use crate::vm::End;
+use crate::vmm::Worker;
 pub(crate) use error::NetworkError;
-pub(crate) use follow::Follow;
-pub(crate) use forward::Forward;
+use follow::Follow;
+use forward::Forward;
 use namespace::Namespace;
 use scan::Interface;
 use tokio::task::JoinHandle;
@@ -147,7 +150,7 @@ impl Network {
             }
         };
         // It hears of what changes after the first look.
-        let (netlink, news) = follow::subscribe(&namespace).await?;
+        let (netlink, news) = namespace.subscribe(follow::GROUPS).await?;
         let found = scan::scan(&netlink).await?;
         if found.interfaces.is_empty() {
             info!(
@@ -212,19 +215,15 @@ impl Network {
         (!self.guest.interfaces.is_empty()).then_some(&self.guest)
     }
 
-    /// What is to forward ports to the guest, to be taken once.
-    pub(crate) fn forward(&mut self) -> Option<Forward> {
-        self.forward.take()
-    }
-
-    /// What is to keep the guest's network like the namespace's, to be taken once.
-    pub(crate) fn follow(&mut self) -> Option<Follow> {
-        self.follow.take()
-    }
-
-    /// `task` runs [`Follow::serve`].
-    pub(crate) fn followed_by(&mut self, task: JoinHandle<()>) {
-        self.following = Mutex::new(Some(task));
+    /// Forwards ports to the guest, and keeps its network like the namespace's, until the VM has ended.
+    pub(crate) fn serve(&mut self, worker: &Worker, agent: &Agent, end: &End) {
+        if let Some(forward) = self.forward.take() {
+            tokio::spawn(until(end.clone(), forward.serve(worker.clone())));
+        }
+        if let Some(follow) = self.follow.take() {
+            let work = follow.serve(worker.clone(), agent.clone());
+            self.following = Mutex::new(Some(tokio::spawn(until(end.clone(), work))));
+        }
     }
 
     /// How long it took to set it up.
@@ -247,6 +246,13 @@ impl Network {
         if let Some((namespace, record)) = &self.changed {
             take_back(namespace, record).await;
         }
+    }
+}
+
+async fn until(end: End, work: impl Future<Output = ()>) {
+    tokio::select! {
+        () = work => {}
+        _ = end.wait() => {}
     }
 }
 

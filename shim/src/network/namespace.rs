@@ -9,7 +9,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use futures::channel::mpsc::UnboundedReceiver;
 use nix::sched::{CloneFlags, setns};
+use rtnetlink::MulticastGroup;
+use rtnetlink::packet_core::NetlinkMessage;
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::sys::SocketAddr;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
@@ -17,6 +22,9 @@ use super::error::NetworkError;
 
 /// The namespace that this process is in.
 const OWN: &str = "/proc/self/ns/net";
+
+/// What the kernel tells unasked.
+pub(super) type News = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>;
 
 /// An open network namespace. It exists as long as this does. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -79,11 +87,19 @@ impl Namespace {
 
     /// Opens a netlink socket inside. It closes when the last handle is dropped.
     pub(crate) async fn connect(&self) -> Result<rtnetlink::Handle, NetworkError> {
-        let (connection, netlink, _) = self
-            .inside(rtnetlink::new_connection)
+        self.subscribe(&[]).await.map(|(netlink, _)| netlink)
+    }
+
+    /// Opens one that hears of every change of these kinds from now on.
+    pub(super) async fn subscribe(
+        &self,
+        groups: &'static [MulticastGroup],
+    ) -> Result<(rtnetlink::Handle, News), NetworkError> {
+        let (connection, netlink, news) = self
+            .inside(|| rtnetlink::new_multicast_connection(groups))
             .await?
             .map_err(NetworkError::Enter)?;
         tokio::spawn(connection);
-        Ok(netlink)
+        Ok((netlink, news))
     }
 }
