@@ -486,6 +486,13 @@ class Case(unittest.TestCase):
             self.ctr("images", "unmount", "--rm", target, code=0)
         return copy
 
+    def mount_disk(self, folder, size, *options):
+        """Makes a folder the root of an ext4 of its own, until the test ends."""
+        image = f"{folder}.ext4"
+        self.command("mkfs.ext4", "-q", image, size, code=0)
+        self.command("mount", "-o", ",".join(["loop", *options]), image, folder, code=0)
+        self.addCleanup(subprocess.run, ["umount", folder], check=True)
+
     def create_task(self, rootfs, runtime=None):
         """Asks containerd itself for a task with this root (api.mount), which sleeps once started; returns it with the answer."""
         task = Task(self, self.name())

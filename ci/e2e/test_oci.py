@@ -19,11 +19,9 @@ IDS = {"containerID": 0, "hostID": OUTSIDE, "size": 65536}
 
 def disk(case, size="16M"):
     """A folder of a file system whose mounts can show other owners, which those that the node is made of cannot."""
-    image, folder = f"{case.folder}/image", f"{case.folder}/disk"
+    folder = f"{case.folder}/disk"
     os.mkdir(folder)
-    subprocess.run(["mkfs.ext4", "-q", image, size], check=True, capture_output=True)
-    subprocess.run(["mount", "-o", "loop", image, folder], check=True)
-    case.addCleanup(subprocess.run, ["umount", folder], check=True)
+    case.mount_disk(folder, size)
     return folder
 
 

@@ -15,6 +15,15 @@ def shape(value):
     return type(value).__name__
 
 
+def codes(note):
+    """Notes the codes of answers of the task service."""
+    def say(when, *answers):
+        for answer in answers:
+            note(when, f"{answer.method} {answer.code}")
+
+    return say
+
+
 class Parity(Case):
     """With runc as the runtime under test it is compared with itself, which proves the script steady."""
 
@@ -68,9 +77,7 @@ class Parity(Case):
 
     def test_codes_of_the_task_service(self):
         def script(runtime, note):
-            def say(when, *answers):
-                for answer in answers:
-                    note(when, f"{answer.method} {answer.code}")
+            say = codes(note)
 
             def of_a_process(name, exec_id):
                 of = {} if exec_id is None else {2: exec_id}
@@ -109,9 +116,7 @@ class Parity(Case):
 
     def test_codes_before_the_start(self):
         def script(runtime, note):
-            def say(when, *answers):
-                for answer in answers:
-                    note(when, f"{answer.method} {answer.code}")
+            say = codes(note)
 
             root = [api.mount("bind", self.rootfs(), "rbind", "rw")]
             for bad in api.mount("bind", "/no/such/folder", "rbind", "rw"), api.mount("nonsense", self.rootfs()):

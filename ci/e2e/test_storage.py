@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import subprocess
 
 from harness import Case
 
@@ -22,17 +21,8 @@ class Storage(Case):
         """The options that bind the folder into a container."""
         return ["--mount", f"type=bind,src={self.share},dst=/share,options=rbind:{rights}"]
 
-    def disk(self, mebibytes, *options):
-        """Makes the folder the root of an ext4 of its own."""
-        image = os.path.join(self.folder, "disk")
-        with open(image, "wb") as file:
-            file.truncate(mebibytes << 20)
-        self.command("mkfs.ext4", "-q", image, code=0)
-        self.command("mount", "-o", ",".join(["loop", *options]), image, self.share, code=0)
-        self.addCleanup(subprocess.run, ["umount", self.share], check=True)
-
     def test_a_full_disk(self):
-        self.disk(16)
+        self.mount_disk(self.share, "16M")
         task = self.start(options=self.mount())
         full = task.exec("dd", "if=/dev/zero", "of=/share/large", "bs=64k", code=1)
         self.assertIn("No space left on device", full.err)
@@ -41,7 +31,7 @@ class Storage(Case):
         task.exec("sh", "-c", "rm /share/large && echo room >/share/small", code=0)
 
     def test_a_read_only_disk(self):
-        self.disk(16, "ro")
+        self.mount_disk(self.share, "16M", "ro")
         for write in (["touch", "/share/new"], ["rmdir", "/share/lost+found"], ["chmod", "0700", "/share"]):
             self.assertIn("Read-only file system", self.run_container(*write, options=self.mount(), code=1).err)
 

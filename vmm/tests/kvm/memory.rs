@@ -2,8 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use husk_vmm::control::Resize;
-
+use crate::resize::vcpus;
 use crate::support::{self, Guest};
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -44,11 +43,7 @@ fn memory_that_the_guest_frees_goes_back_to_the_host() {
     let running = guest.start();
     running.console.wait_for("HUSK filled\n");
     let filled = resident();
-    let grow = Resize {
-        vcpus: Some(2),
-        memory_mib: None,
-    };
-    running.vmm.resize(grow).unwrap();
+    running.vmm.resize(vcpus(2)).unwrap();
     // What of it is in pieces of less than 2 MiB stays.
     wait_until("resident", resident, |now| now + 48 * MIB < filled);
     println!(

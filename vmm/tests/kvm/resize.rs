@@ -5,7 +5,7 @@ use husk_vmm::control::Resize;
 use crate::memory::{MIB, resident, wait_until};
 use crate::support::{self, Guest, Running};
 
-fn vcpus(count: u8) -> Resize {
+pub(crate) fn vcpus(count: u8) -> Resize {
     Resize {
         vcpus: Some(count),
         memory_mib: None,
