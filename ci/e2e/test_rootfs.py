@@ -3,9 +3,16 @@
 import contextlib
 import os
 import subprocess
+import tempfile
 
 import api
-from harness import Case
+from harness import Case, enable_blockfile, runtime_version
+
+
+def flushes(device):
+    """How often a disk was told to make durable what was written to it."""
+    with open(f"/sys/block/{os.path.basename(device)}/stat", encoding="ascii") as file:
+        return int(file.read().split()[15])
 
 
 class Rootfs(Case):
@@ -15,8 +22,8 @@ class Rootfs(Case):
 
     def image(self, fill):
         """A block device of the machine."""
-        path = os.path.join(self.folder, "image")
-        with open(path, "wb") as file:
+        descriptor, path = tempfile.mkstemp(dir=self.folder)
+        with open(descriptor, "wb") as file:
             file.truncate(64 << 20)
         fill(path)
         device = self.command("losetup", "--find", "--show", path, code=0).out
@@ -44,11 +51,27 @@ class Rootfs(Case):
         self.assertEqual(created.code, "OK", created)
         self.assertEqual(api.call("Start", task.name).code, "OK")
         self.assertEqual(task.exec("sh", "-c", "echo written >/mark; cat /mark", code=0).out, "written")
+        if self.runtime == "husk":
+            # It is the guest's to mount, and the host's no more.
+            root = task.exec("awk", '$2 == "/" {print $1, $3}', "/proc/mounts", code=0).out
+            self.assertRegex(root, r"^/dev/vd[a-z] ext4$")
+            self.assertIn("busy", self.command("mount", device, "/mnt", code=32).err)
+            before = flushes(device)
+            task.exec("sh", "-c", "for n in 1 2 3 4 5 6 7 8 9 10; do echo $n | dd of=/n$n conv=fsync; done", code=0)
+            self.assertGreaterEqual(flushes(device) - before, 10, "each fsync reaches the disk")
         task.ctr("kill", "-s", "SIGKILL", code=0)
         task.wait_for("STOPPED")
         self.assertEqual(task.end(), 137)
         with self.mounted(device) as folder, open(f"{folder}/mark", encoding="ascii") as file:
             self.assertEqual(file.read(), "written\n")
+
+    def test_an_image_file_of_a_snapshotter(self):
+        if runtime_version() < (1, 7):
+            self.skipTest("containerd 1.6 has no snapshotter that makes image files")
+        enable_blockfile()
+        root = self.output_of("sh", "-c", "echo x >/new && awk '$2 == \"/\" {print $1, $3, $4}' /proc/mounts",
+                              options=["--snapshotter", "blockfile"])
+        self.assertRegex(root, r"^/dev/vd[a-z] ext4 rw," if self.runtime == "husk" else r"^/dev/loop\d+ ext4 rw,")
 
     def test_a_block_device_that_is_read_only(self):
         task, created = self.create_task([api.mount("ext4", self.ext4(), "ro")])
@@ -61,5 +84,25 @@ class Rootfs(Case):
         task, created = self.create_task([api.mount("ext4", device)])
         self.assertEqual(created.code, "UNKNOWN", created)
         if self.runtime == "husk":
-            self.assertIn(f": failed to mount rootfs component 0 (ext4 of {device}): invalid argument", created.message)
+            self.assertIn("mounting the root file system (ext4) failed: Invalid argument", created.message)
         self.assertIsNone(task.row)
+
+    def test_disks_as_devices(self):
+        """What Kubernetes' volumeDevices come to: the container's own rules say what may be done with them."""
+        written = self.image(lambda path: None)
+        read = self.image(lambda path: self.command("dd", f"of={path}", "conv=notrunc", stdin=b"readable", code=0))
+
+        def edit(spec):
+            for path, disk, access in [("/dev/written", written, "rwm"), ("/dev/read", read, "rm")]:
+                number = os.stat(disk).st_rdev
+                device = {"type": "b", "major": os.major(number), "minor": os.minor(number)}
+                spec["linux"].setdefault("devices", []).append({"path": path, "fileMode": 0o660, **device})
+                spec["linux"]["resources"]["devices"].append({"allow": True, "access": access, **device})
+
+        result = self.run_spec(
+            edit, "sh", "-c", "echo written | dd of=/dev/written bs=8 conv=fsync && dd if=/dev/read bs=8 count=1; "
+            "dd if=/dev/zero of=/dev/read bs=512 count=1")
+        self.assertEqual((result.code, result.out), (1, "readable"), result.err)
+        self.assertIn("Operation not permitted", result.err)
+        with open(written, "rb") as file:
+            self.assertEqual(file.read(8), b"written\n")

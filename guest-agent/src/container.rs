@@ -25,7 +25,8 @@ use tokio::sync::{OnceCell, watch};
 use tokio::task::JoinHandle;
 
 use crate::cgroup::Cgroup;
-use crate::devices;
+use crate::devices::{self, Node};
+use crate::disks::{self, Disks};
 use crate::error::{During, Error, Result};
 use crate::launch::{Confinement, Identity, Launcher, Reports, Work};
 use crate::pod::{Mounts, Volumes};
@@ -52,6 +53,7 @@ pub(crate) struct Containers {
     slots: Mutex<HashMap<String, Slot>>,
     reaper: Arc<Reaper>,
     streams: Arc<Streams>,
+    disks: Arc<Disks>,
     launcher: Launcher,
     share: OnceCell<()>,
     sysfs: OnceCell<()>,
@@ -90,6 +92,9 @@ pub(crate) struct Creation<'a> {
     /// Whether it is the pod's sandbox.
     pub(crate) sandbox: bool,
     pub(crate) volumes: &'a [agent::Volume],
+    /// With the root file system.
+    pub(crate) root_disk: Option<&'a agent::RootDisk>,
+    pub(crate) disk_devices: &'a [agent::DiskDevice],
     pub(crate) stdio: StdioRequest,
 }
 
@@ -110,11 +115,17 @@ enum State {
 }
 
 impl Containers {
-    pub(crate) fn new(reaper: Arc<Reaper>, streams: Arc<Streams>, log_level: String) -> Self {
+    pub(crate) fn new(
+        reaper: Arc<Reaper>,
+        streams: Arc<Streams>,
+        disks: Arc<Disks>,
+        log_level: String,
+    ) -> Self {
         Self {
             slots: Mutex::default(),
             reaper,
             streams,
+            disks,
             launcher: Launcher {
                 state_root: PathBuf::from(RUN).join("state"),
                 log_level,
@@ -136,6 +147,9 @@ impl Containers {
             Entry::Vacant(slot) => slot.insert(Slot::Creating),
         };
         let built = self.build(&creation, streams).await;
+        if built.is_err() {
+            disks::unmount_root(id).await;
+        }
         let mut slots = self.slots();
         match built {
             Ok(container) => {
@@ -164,13 +178,18 @@ impl Containers {
                 .get_or_try_init(async || storage::mount_share())
                 .await?;
         }
+        if let Some(disk) = creation.root_disk {
+            self.disks.mount_root(id, disk).await?;
+        }
+        let disks = self.disk_nodes(creation.disk_devices).await?;
         self.volumes.make(creation.volumes)?;
         let folders = self.volumes.locate(&mut spec)?;
         let prepared = if sandbox {
             make_sandbox_root(&spec)?;
             spec::prepare_sandbox(&spec, id, Path::new(SANDBOX_ROOT))?
         } else {
-            spec::prepare(spec, id, request.terminal, devices::lookup)?
+            let lookup = |path: &Path| disks.get(path).copied().or_else(|| devices::lookup(path));
+            spec::prepare(spec, id, request.terminal, lookup)?
         };
         for (name, value) in &prepared.network_sysctls {
             set_sysctl(name, value)?;
@@ -224,6 +243,19 @@ impl Containers {
             oom_watch,
             _mounts: [folders, namespaces],
         })
+    }
+
+    /// What the guest has for the devices that are disks, by their paths in the container.
+    async fn disk_nodes<'a>(
+        &self,
+        devices: &'a [agent::DiskDevice],
+    ) -> Result<HashMap<&'a Path, Node>> {
+        let mut nodes = HashMap::new();
+        for device in devices {
+            let node = self.disks.node(&device.serial).await?;
+            nodes.insert(Path::new(&device.path), node);
+        }
+        Ok(nodes)
     }
 
     /// Lets the first process of a created container execute its program.
@@ -352,6 +384,7 @@ impl Containers {
             self.slots().insert(id.to_owned(), Slot::Created(container));
             return Err(error);
         }
+        disks::unmount_root(id).await;
         self.forget(id);
         Ok(())
     }

@@ -47,6 +47,8 @@ pub(crate) fn adapt(linux: &mut Linux, lookup: impl Fn(&Path) -> Option<Node>) -
         .as_ref()
         .and_then(|resources| resources.devices().clone())
         .unwrap_or_default();
+    // As the host numbers: what is a device's number there may be another one's in the guest.
+    let of_host = rules.clone();
     // Rules count in their order: what matters is the last that is about every device.
     let may_use_all = rules
         .iter()
@@ -64,10 +66,10 @@ pub(crate) fn adapt(linux: &mut Linux, lookup: impl Fn(&Path) -> Option<Node>) -
             }
             return false;
         };
-        for rule in &mut rules {
-            if rule.typ() == Some(device.typ())
-                && rule.major() == Some(device.major())
-                && rule.minor() == Some(device.minor())
+        for (rule, host) in rules.iter_mut().zip(&of_host) {
+            if host.typ() == Some(device.typ())
+                && host.major() == Some(device.major())
+                && host.minor() == Some(device.minor())
             {
                 rule.set_typ(Some(node.typ));
                 rule.set_major(Some(node.major));
@@ -136,6 +138,36 @@ mod tests {
         let rules = linux.resources().as_ref().and_then(|r| r.devices().clone());
         let rule = &rules.expect("kept")[1];
         assert_eq!((rule.major(), rule.minor()), (Some(10), Some(229)));
+    }
+
+    #[test]
+    fn number_that_is_one_devices_on_the_host_and_anothers_in_the_guest_is_not_mixed_up() {
+        let mut linux = linux(
+            &json!([
+                { "path": "/dev/a", "type": "b", "major": 7, "minor": 0 },
+                { "path": "/dev/b", "type": "b", "major": 254, "minor": 0 },
+            ]),
+            &json!([
+                { "allow": true, "type": "b", "major": 7, "minor": 0, "access": "r" },
+                { "allow": true, "type": "b", "major": 254, "minor": 0, "access": "rw" },
+            ]),
+        );
+        let guest = |path: &Path| {
+            let minor = if path == Path::new("/dev/a") { 0 } else { 16 };
+            Some(Node {
+                typ: LinuxDeviceType::B,
+                major: 254,
+                minor,
+            })
+        };
+        adapt(&mut linux, guest).expect("the guest has both");
+        let rules = linux.resources().as_ref().and_then(|r| r.devices().clone());
+        let minors: Vec<_> = rules
+            .iter()
+            .flatten()
+            .map(LinuxDeviceCgroup::minor)
+            .collect();
+        assert_eq!(minors, [Some(0), Some(16)]);
     }
 
     #[test]

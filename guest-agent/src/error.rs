@@ -47,6 +47,8 @@ pub(crate) enum Error {
     NoStream { port: u32, seconds: u64 },
     #[error("the guest has got no interface {names} within {seconds} s")]
     NoInterface { names: String, seconds: u64 },
+    #[error("the guest has got no disk {serial} within {seconds} s")]
+    NoDisk { serial: String, seconds: u64 },
     /// What the process that builds containers, or the program's own start, reported.
     #[error("{0}")]
     Launch(String),
@@ -86,6 +88,7 @@ impl Error {
             | Self::NoFolder { .. } => Code::INVALID_ARGUMENT,
             Self::NoStream { .. }
             | Self::NoInterface { .. }
+            | Self::NoDisk { .. }
             | Self::Launch(_)
             | Self::Cgroup { .. }
             | Self::TooSlow { .. }

@@ -1,10 +1,12 @@
-//! Brings processors online that the host plugs in: the kernel adds them offline, and leaves the rest to whoever listens to
-//! its events. Memory needs nobody: the kernel onlines it itself.
+//! Listens to the kernel's events. Processors that the host plugs in are brought online: the kernel adds them offline, and
+//! leaves the rest to whoever listens. Of disks it tells [`crate::disks`]. Memory needs nobody: the kernel onlines it
+//! itself.
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -13,11 +15,22 @@ use nix::sys::socket::{
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::disks::Disks;
+
 const CPUS: &str = "/sys/devices/system/cpu";
 /// The kernel's own group of receivers; udev passes events on in another.
 const KERNEL_EVENTS: u32 = 1;
 /// The longest event of the kernel (UEVENT_BUFFER_SIZE), and its header.
 const MAX_EVENT_LEN: usize = 4096;
+
+/// What an event says was added.
+#[derive(Debug, PartialEq, Eq)]
+enum Added {
+    /// A processor, with its folder in sysfs.
+    Cpu(PathBuf),
+    /// A disk, or a partition of one.
+    Disk,
+}
 
 /// The events of the kernel's objects.
 #[derive(Debug)]
@@ -38,25 +51,29 @@ impl Events {
         Ok(Self(socket))
     }
 
-    /// Brings online what is plugged in, as long as the guest lives.
-    pub(crate) async fn serve(self) {
+    /// Attends to what is plugged in, as long as the guest lives.
+    pub(crate) async fn serve(self, disks: Arc<Disks>) {
         online_all();
         loop {
             match self.next().await {
-                Ok(Some(cpu)) => online(&cpu),
+                Ok(Some(Added::Cpu(cpu))) => online(&cpu),
+                Ok(Some(Added::Disk)) => disks.appeared(),
                 Ok(None) => {}
                 // More came than the socket holds: what was lost is looked for.
-                Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => online_all(),
+                Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {
+                    online_all();
+                    disks.appeared();
+                }
                 Err(error) => {
-                    tracing::error!(%error, "processors are not brought online any more");
+                    tracing::error!(%error, "processors and disks go unseen from now on");
                     return;
                 }
             }
         }
     }
 
-    /// Waits for an event. `None` if it is of no processor that was added.
-    async fn next(&self) -> io::Result<Option<PathBuf>> {
+    /// Waits for an event. `None` if nothing was added that is of interest.
+    async fn next(&self) -> io::Result<Option<Added>> {
         let mut event = [0; MAX_EVENT_LEN];
         let (len, sender) = self
             .0
@@ -67,18 +84,28 @@ impl Events {
         // A process with the right to may send events, too: only the kernel is port 0.
         let from_kernel = sender.is_some_and(|sender| sender.pid() == 0);
         Ok(from_kernel
-            .then(|| added_cpu(event.get(..len).unwrap_or(&event)))
-            .flatten()
-            .map(|cpu| Path::new(CPUS).join(cpu)))
+            .then(|| added(event.get(..len).unwrap_or(&event)))
+            .flatten())
     }
 }
 
-/// The name of the processor, if the event is that it was added.
-fn added_cpu(event: &[u8]) -> Option<&str> {
+/// What the event says was added.
+fn added(event: &[u8]) -> Option<Added> {
     let has = |line: &[u8]| event.split(|byte| *byte == 0).any(|other| other == line);
-    if !has(b"ACTION=add") || !has(b"SUBSYSTEM=cpu") {
+    if !has(b"ACTION=add") {
         return None;
     }
+    if has(b"SUBSYSTEM=block") {
+        return Some(Added::Disk);
+    }
+    if has(b"SUBSYSTEM=cpu") {
+        return cpu_of(event).map(|cpu| Added::Cpu(Path::new(CPUS).join(cpu)));
+    }
+    None
+}
+
+/// The name of the processor that was added.
+fn cpu_of(event: &[u8]) -> Option<&str> {
     let header = event.split(|byte| *byte == 0).next()?;
     let name = std::str::from_utf8(header)
         .ok()?
@@ -139,7 +166,15 @@ mod tests {
 
     #[test]
     fn added_processor_is_named() {
-        assert_eq!(added_cpu(ADDED), Some("cpu12"));
+        let cpu = Path::new(CPUS).join("cpu12");
+        assert_eq!(added(ADDED), Some(Added::Cpu(cpu)));
+    }
+
+    #[test]
+    fn added_disk_is_told() {
+        let event = b"add@/devices/pci0000:00/0000:00:07.0/virtio5/block/vda\0ACTION=add\0SUBSYSTEM=block\0\
+            DEVNAME=vda\0DEVTYPE=disk\0";
+        assert_eq!(added(event), Some(Added::Disk));
     }
 
     #[test]
@@ -161,10 +196,10 @@ mod tests {
                 "add@/devices/system/cpu/../cpu1",
             ),
         ] {
-            assert_eq!(added_cpu(text.replace(from, to).as_bytes()), None, "{to}");
+            assert_eq!(added(text.replace(from, to).as_bytes()), None, "{to}");
         }
-        assert_eq!(added_cpu(b""), None);
-        assert_eq!(added_cpu(&[0xff; 9]), None);
+        assert_eq!(added(b""), None);
+        assert_eq!(added(&[0xff; 9]), None);
     }
 
     #[test]

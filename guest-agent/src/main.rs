@@ -10,6 +10,7 @@ mod cgroup;
 mod container;
 mod creator;
 mod devices;
+mod disks;
 mod error;
 mod finish;
 mod forward;
@@ -40,6 +41,7 @@ use husk_protocol::{AGENT_PORT, FORWARD_PORT, STREAM_PORT};
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
 use container::Containers;
+use disks::Disks;
 use reaper::Reaper;
 use streams::Streams;
 
@@ -94,7 +96,13 @@ async fn serve(level: &str, started: Instant) -> Result<()> {
     let signals = Reaper::signals().context("catching SIGCHLD")?;
     let reaper = Arc::new(Reaper::default());
     let streams = Arc::new(Streams::default());
-    let containers = Containers::new(Arc::clone(&reaper), Arc::clone(&streams), level.to_owned());
+    let disks = Arc::new(Disks::default());
+    let containers = Containers::new(
+        Arc::clone(&reaper),
+        Arc::clone(&streams),
+        Arc::clone(&disks),
+        level.to_owned(),
+    );
 
     let _server = service::serve(Arc::new(containers), listen(AGENT_PORT)?)
         .await
@@ -103,7 +111,7 @@ async fn serve(level: &str, started: Instant) -> Result<()> {
     tokio::spawn(forward::serve(listen(FORWARD_PORT)?));
     let reaping = tokio::spawn(reaper.run(signals));
     let events = hotplug::Events::listen().context("listening to the kernel's events")?;
-    tokio::spawn(events.serve());
+    tokio::spawn(events.serve(disks));
     // From its first packet on, the host may ask for anything, whenever it finishes the handshake.
     streams::announce()
         .await

@@ -71,6 +71,8 @@ impl Agent for Service {
                 spec: &request.spec,
                 sandbox: request.sandbox,
                 volumes: &request.volumes,
+                root_disk: request.root_disk.as_ref(),
+                disk_devices: &request.disk_devices,
                 stdio,
             })
             .await?;

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::agent::Target;
+use crate::disks::Disks;
 use crate::error::Error;
 use crate::hooks::HookState;
 use crate::process::{Process, ProcessState};
@@ -62,6 +63,7 @@ pub(crate) struct Parts {
     pub(crate) vm: Arc<Vm>,
     /// None for a sandbox, which has no files.
     pub(crate) storage: Option<ContainerStorage>,
+    pub(crate) disks: Disks,
 }
 
 #[derive(Debug)]
@@ -79,6 +81,7 @@ pub(crate) struct Container {
     pause: Mutex<Pause>,
     vm: Arc<Vm>,
     storage: Mutex<Option<ContainerStorage>>,
+    disks: Disks,
     deleting: AtomicBool,
 }
 
@@ -104,6 +107,7 @@ impl Container {
             pause: Mutex::new(Pause::Off),
             vm: parts.vm,
             storage: Mutex::new(parts.storage),
+            disks: parts.disks,
             deleting: AtomicBool::new(false),
         }
     }
@@ -135,6 +139,10 @@ impl Container {
             pid: self.vm.pid(),
             bundle: &self.bundle,
         }
+    }
+
+    pub(crate) fn disks(&self) -> &Disks {
+        &self.disks
     }
 
     pub(crate) fn init(&self) -> &Arc<Process> {

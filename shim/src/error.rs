@@ -87,6 +87,15 @@ pub(crate) enum Error {
         #[source]
         source: io::Error,
     },
+    #[error("cannot open {}, the block device {major}:{minor} of the host", path.display())]
+    BlockDevice {
+        /// In the container.
+        path: PathBuf,
+        major: u64,
+        minor: u64,
+        #[source]
+        source: io::Error,
+    },
     #[error("unknown scheme {scheme} of standard stream {uri}")]
     UnknownScheme { scheme: String, uri: String },
     #[error("cannot open standard stream {uri}")]
@@ -188,6 +197,7 @@ impl Error {
             | Self::Storage { .. }
             | Self::MountRootfs { .. }
             | Self::Bind { .. }
+            | Self::BlockDevice { .. }
             | Self::OpenStream { .. }
             | Self::Logger { .. }
             | Self::Hook { .. }

@@ -5,6 +5,7 @@ mod agent;
 mod cgroup;
 mod console;
 mod container;
+mod disks;
 mod error;
 mod events;
 mod growth;

@@ -8,10 +8,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use husk_protocol::agent::Volume;
-use husk_protocol::{POD_NAMESPACES, POD_VOLUMES, SHARE_MOUNT_POINT};
+use husk_protocol::{DISK_MOUNTS, POD_NAMESPACES, POD_VOLUMES, SHARE_MOUNT_POINT};
 use oci_spec::runtime::{
-    Hook, Hooks, Linux, LinuxNamespace, LinuxNamespaceType, LinuxResources, LinuxSeccomp,
-    LinuxSeccompAction, LinuxSyscall, Mount, Process, Spec,
+    Hook, Hooks, Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespace,
+    LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, LinuxSyscall, Mount,
+    Process, Spec,
 };
 
 use crate::error::Error;
@@ -34,6 +35,8 @@ pub(crate) struct Divided {
     places: Vec<usize>,
     /// In the guest's memory, for the agent to make.
     pub(crate) volumes: Vec<Volume>,
+    /// Disks of the host that the container is to have.
+    pub(crate) devices: Vec<BlockDevice>,
     /// To be run by the shim.
     pub(crate) hooks: HostHooks,
 }
@@ -49,6 +52,16 @@ pub(crate) struct Bind {
     pub(crate) follows_host: bool,
     /// Whose its files are to be; `None` leaves them as they are.
     pub(crate) owners: Option<Owners>,
+}
+
+/// A block device of the host that a container is to have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BlockDevice {
+    /// In the container.
+    pub(crate) path: PathBuf,
+    pub(crate) major: u64,
+    pub(crate) minor: u64,
+    pub(crate) read_only: bool,
 }
 
 /// Whose the files of a mount are to be.
@@ -79,6 +92,13 @@ pub(crate) struct HostHooks {
 }
 
 impl Divided {
+    /// Says that the root file system of container `id` is on a disk.
+    pub(crate) fn root_is_on_disk(&mut self, id: &str) {
+        if let Some(root) = self.guest.root_mut() {
+            root.set_path(Path::new(DISK_MOUNTS).join(id));
+        }
+    }
+
     /// Says where in the shared folder the binds are, in their order.
     pub(crate) fn place<'a>(&mut self, paths: impl Iterator<Item = &'a str>) {
         let mounts = self.guest.mounts_mut().as_deref_mut().unwrap_or_default();
@@ -120,6 +140,11 @@ pub(crate) fn divide(
             linux.gid_mappings().as_deref()?,
         )
     });
+    let devices = spec.linux().as_ref().map(block_devices);
+    // A sandbox runs no program that could use one.
+    let devices = devices
+        .filter(|_| *kind != Kind::Sandbox)
+        .unwrap_or_default();
     if let Some(linux) = spec.linux_mut() {
         drop_host_linux(linux, kind)?;
     }
@@ -133,6 +158,7 @@ pub(crate) fn divide(
         binds: Vec::new(),
         places: Vec::new(),
         volumes: Vec::new(),
+        devices,
         hooks,
     };
     divide_mounts(&mut divided, kind, container_ids.as_ref(), look)?;
@@ -194,6 +220,45 @@ fn divide_mounts(
         }
     }
     Ok(())
+}
+
+/// The disks of the host among the devices of a specification: those that a rule of their own lets the container read. The
+/// host's others, which a container that may use every device has listed, are not meant for a guest.
+fn block_devices(linux: &Linux) -> Vec<BlockDevice> {
+    let rules = linux
+        .resources()
+        .as_ref()
+        .and_then(|resources| resources.devices().as_deref())
+        .unwrap_or_default();
+    let mut devices: Vec<BlockDevice> = Vec::new();
+    for device in linux.devices().iter().flatten() {
+        // The last that is about it counts.
+        let access = rules
+            .iter()
+            .rfind(|rule| is_about(rule, device))
+            .filter(|rule| rule.allow())
+            .and_then(|rule| rule.access().as_deref())
+            .unwrap_or_default();
+        let numbers = (u64::try_from(device.major()), u64::try_from(device.minor()));
+        if let (LinuxDeviceType::B, true, (Ok(major), Ok(minor))) =
+            (device.typ(), access.contains('r'), numbers)
+            && !devices.iter().any(|other| other.path == *device.path())
+        {
+            devices.push(BlockDevice {
+                path: device.path().clone(),
+                major,
+                minor,
+                read_only: !access.contains('w'),
+            });
+        }
+    }
+    devices
+}
+
+fn is_about(rule: &LinuxDeviceCgroup, device: &LinuxDevice) -> bool {
+    rule.typ() == Some(device.typ())
+        && rule.major() == Some(device.major())
+        && rule.minor() == Some(device.minor())
 }
 
 /// Takes out of `process` the labels of security modules that are the host's: the guest's kernel has none.
@@ -531,6 +596,54 @@ mod tests {
             let err = divide(refused, "c").unwrap_err();
             assert!(err.to_string().contains(what), "{err}");
         }
+    }
+
+    fn with_devices(devices: &Value, rules: &Value, kind: &Kind) -> Vec<BlockDevice> {
+        let spec = spec(json!({"linux": {
+            "devices": devices,
+            "resources": {"devices": rules},
+            "namespaces": [{"type": "pid"}, {"type": "ipc"}]
+        }}));
+        super::divide(spec, "c", kind, shared).unwrap().devices
+    }
+
+    #[test]
+    fn disks_of_the_host_are_those_that_a_rule_allows() {
+        let devices = json!([
+            {"path": "/dev/data", "type": "b", "major": 7, "minor": 1},
+            {"path": "/dev/old", "type": "b", "major": 7, "minor": 2},
+            {"path": "/dev/listed", "type": "b", "major": 8, "minor": 0},
+            {"path": "/dev/denied", "type": "b", "major": 8, "minor": 1},
+            {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}
+        ]);
+        let rules = json!([
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "access": "rwm"},
+            {"allow": true, "type": "b", "major": 7, "minor": 1, "access": "mrw"},
+            {"allow": true, "type": "b", "major": 7, "minor": 2, "access": "rm"},
+            {"allow": true, "type": "b", "major": 8, "minor": 1, "access": "rwm"},
+            {"allow": false, "type": "b", "major": 8, "minor": 1, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm"}
+        ]);
+        let device = |path: &str, minor, read_only| BlockDevice {
+            path: path.into(),
+            major: 7,
+            minor,
+            read_only,
+        };
+        let wanted = [device("/dev/data", 1, false), device("/dev/old", 2, true)];
+        assert_eq!(with_devices(&devices, &rules, &Kind::Single), wanted);
+        assert_eq!(with_devices(&devices, &rules, &Kind::Sandbox), []);
+    }
+
+    #[test]
+    fn root_on_a_disk_is_where_the_agent_mounts_it() {
+        let mut divided = divide(spec(json!({})), "x").unwrap();
+        divided.root_is_on_disk("x");
+        assert_eq!(
+            guest_json(&divided)["root"],
+            json!({"path": "/run/husk/disks/x", "readonly": true})
+        );
     }
 
     #[test]

@@ -12,12 +12,12 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::process::ExitStatus;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use husk_protocol::{AGENT_PORT, GUEST_CID, READY_PORT, SHARE_TAG};
-use husk_vmm::config::{ShareConfig, VmConfig};
+use husk_vmm::config::{DiskConfig, ShareConfig, VmConfig};
 use husk_vmm::control::Event;
 use log::{info, warn};
 use tokio::net::UnixStream;
@@ -31,6 +31,7 @@ use crate::console::{LastLines, follow};
 use crate::error::Error;
 use crate::network::Network;
 use crate::size::{VmSize, VmSizes};
+use crate::storage::Disk;
 use crate::vmm::{self, Worker};
 
 /// How long the console may take to end once its only writer is dead.
@@ -75,6 +76,8 @@ pub(crate) struct Vm {
     /// What was asked for last.
     size: Mutex<VmSize>,
     oom_score_adj: AtomicI32,
+    /// How many it has ever been given.
+    disks: AtomicU64,
     network: Network,
     phases: Phases,
 }
@@ -221,6 +224,7 @@ impl Vm {
             sizes: VmSizes { start, most },
             size: Mutex::new(start),
             oom_score_adj: AtomicI32::new(0),
+            disks: AtomicU64::new(0),
             network: Network::default(),
             phases: Phases {
                 network: Duration::ZERO,
@@ -280,6 +284,28 @@ impl Vm {
             return Ok(());
         }
         vmm::set_oom_score_adj(self.pid, score)
+    }
+
+    /// Gives the VM a disk, and returns the serial by which the guest finds it.
+    pub(crate) async fn plug(&self, disk: Disk) -> Result<String, Error> {
+        // Never used again: the guest may not have forgotten the last one.
+        let serial = format!("disk-{}", self.disks.fetch_add(1, Ordering::Relaxed));
+        let config = DiskConfig {
+            serial: serial.clone(),
+            read_only: disk.is_read_only(),
+        };
+        or_end(
+            self.worker.0.add_disk(config, disk.as_fd()).await,
+            &self.end,
+        )
+        .await?;
+        Ok(serial)
+    }
+
+    /// Takes a disk away, and returns when it is closed.
+    pub(crate) async fn unplug(&self, serial: &str) -> Result<(), Error> {
+        let removed = self.worker.0.remove_disk(serial.to_owned()).await;
+        or_end(removed, &self.end).await
     }
 
     /// Opens a vsock connection; also returns the host's port of it.
@@ -418,6 +444,7 @@ impl Starting {
             sizes,
             size: Mutex::new(sizes.start),
             oom_score_adj: AtomicI32::new(0),
+            disks: AtomicU64::new(0),
             network,
             phases,
         }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use husk_vmm::config::{NicConfig, VmConfig};
+use husk_vmm::config::{DiskConfig, NicConfig, VmConfig};
 use husk_vmm::control::{self, Call, Event, Message, Reply, Request, Resize};
 use husk_vmm::worker;
 use log::error;
@@ -131,6 +131,22 @@ impl Worker {
         };
         self.tell("Resize", Call::Resize(resize), &[], &Reply::Resized)
             .await
+    }
+
+    /// Adds a disk to the running VM.
+    pub(crate) async fn add_disk(
+        &self,
+        config: DiskConfig,
+        file: BorrowedFd<'_>,
+    ) -> Result<(), Error> {
+        self.tell("AddDisk", Call::AddDisk(config), &[file], &Reply::Added)
+            .await
+    }
+
+    /// Removes one that was added, and returns when it is gone and its file closed.
+    pub(crate) async fn remove_disk(&self, serial: String) -> Result<(), Error> {
+        let call = Call::RemoveDisk { serial };
+        self.tell("RemoveDisk", call, &[], &Reply::Removed).await
     }
 
     /// Adds a network device to the running VM; `files` as [`NicConfig`] orders them.

@@ -51,5 +51,8 @@ pub const SHARE_MOUNT_POINT: &str = "/run/husk/share";
 /// `uts`.
 pub const POD_NAMESPACES: &str = "/run/husk/pod/ns";
 
+/// Where the agent mounts the root file systems that are on disks, each in a folder with the container's id.
+pub const DISK_MOUNTS: &str = "/run/husk/disks";
+
 /// Where the volumes are that live in the guest's memory, each in a folder that the shim names.
 pub const POD_VOLUMES: &str = "/run/husk/pod/volumes";

@@ -28,6 +28,7 @@ use tokio::sync::{mpsc, watch};
 use super::*;
 use crate::agent::Agent;
 use crate::container::{Container, Parts};
+use crate::disks::Disks;
 use crate::events::Events;
 use crate::process::Process;
 use crate::spec::HostHooks;
@@ -381,6 +382,7 @@ fn add_container(sandbox: &Arc<Sandbox>, id: &str, vm: Arc<Vm>) {
         init: Process::new(String::new(), Stdio::default(), TtySize::default()),
         vm,
         storage: None,
+        disks: Disks::default(),
     }));
     sandbox.reserve(id).unwrap().commit(container.clone());
     sandbox.watch_exit(container.clone(), container.init().clone());

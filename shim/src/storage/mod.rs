@@ -14,6 +14,7 @@
 //! it is at that moment: a change of its flags (read-only) afterwards would not follow.
 
 mod bind;
+mod disk;
 mod idmap;
 mod rootfs;
 mod source;
@@ -29,9 +30,10 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::error::Error;
-use crate::spec::{Bind, ROOTFS};
+use crate::spec::{Bind, BlockDevice, ROOTFS};
 use volume::{Places, Volume, Volumes};
 
+pub(crate) use disk::{DeviceDisk, Disk, RootDisk};
 pub(crate) use idmap::IdMaps;
 pub(crate) use source::{Source, look};
 
@@ -91,21 +93,28 @@ impl Share {
         self.root.join("staging")
     }
 
-    /// Puts together what container `id` sees, for [`ContainerStorage::publish`]: its root file system is `rootfs`, or
-    /// the folder `root` if that is empty. On failure nothing is left.
+    /// Puts together what container `id` sees, for [`ContainerStorage::publish`], and opens its disks. On failure nothing is
+    /// left.
     pub(crate) async fn prepare(
         &self,
         id: &str,
-        rootfs: Vec<Mount>,
-        root: PathBuf,
-        binds: Vec<Bind>,
+        wanted: Wanted,
     ) -> Result<ContainerStorage, Error> {
         let mut storage = self.storage(id);
         let share = self.clone();
         let work = move || {
             // Dropped on failure, which undoes what was done.
-            storage.build(&rootfs, &root)?;
-            storage.volumes = share.volumes(&binds)?;
+            storage.disks.root = RootDisk::of(&wanted.rootfs)?;
+            if storage.disks.root.is_none() {
+                storage.build(&wanted.rootfs, &wanted.root)?;
+            }
+            for device in wanted.devices {
+                storage.disks.devices.push(DeviceDisk {
+                    disk: Disk::of_device(&device)?,
+                    path: device.path,
+                });
+            }
+            storage.volumes = share.volumes(&wanted.binds)?;
             Ok(storage)
         };
         match tokio::task::spawn_blocking(work).await {
@@ -119,6 +128,8 @@ impl Share {
             staging: self.staging().join(id),
             point: self.points().join(id),
             published: self.exported().join(id),
+            is_built: false,
+            disks: OpenDisks::default(),
             volumes: Vec::new(),
         }
     }
@@ -137,12 +148,33 @@ impl Share {
     }
 }
 
+/// What a container is to see.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    /// The root file system.
+    pub(crate) rootfs: Vec<Mount>,
+    /// A folder instead, where that is empty.
+    pub(crate) root: PathBuf,
+    pub(crate) binds: Vec<Bind>,
+    pub(crate) devices: Vec<BlockDevice>,
+}
+
+/// The disks of one container, for its VM.
+#[derive(Debug, Default)]
+pub(crate) struct OpenDisks {
+    pub(crate) root: Option<RootDisk>,
+    pub(crate) devices: Vec<DeviceDisk>,
+}
+
 /// The mounts of one container. Dropping it takes them down.
 #[derive(Debug)]
 pub(crate) struct ContainerStorage {
     staging: PathBuf,
     point: PathBuf,
     published: PathBuf,
+    /// Whether it has a folder: its root file system may be on a disk.
+    is_built: bool,
+    disks: OpenDisks,
     /// In the order in which they were asked for.
     volumes: Vec<Arc<Volume>>,
 }
@@ -154,6 +186,9 @@ impl ContainerStorage {
         for volume in &self.volumes {
             volume.publish()?;
         }
+        if !self.is_built {
+            return Ok(());
+        }
         volume::move_mount(&self.staging, &self.published)
     }
 
@@ -162,7 +197,13 @@ impl ContainerStorage {
         self.volumes.iter().map(|volume| volume.name())
     }
 
-    fn build(&self, rootfs: &[Mount], root: &Path) -> Result<(), Error> {
+    /// The disks, to be given to the VM.
+    pub(crate) fn take_disks(&mut self) -> OpenDisks {
+        std::mem::take(&mut self.disks)
+    }
+
+    fn build(&mut self, rootfs: &[Mount], root: &Path) -> Result<(), Error> {
+        self.is_built = true;
         for folder in [&self.staging, &self.point] {
             std::fs::create_dir(folder).map_err(failed("create folder", folder))?;
         }

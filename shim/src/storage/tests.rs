@@ -216,7 +216,7 @@ fn rootfs_mounts_of_containerd_are_done_in_order() {
             target: "etc".into(),
             ..Mount::default()
         };
-        let storage = share.storage("x");
+        let mut storage = share.storage("x");
         storage.build(&[component, tmpfs], &root(dir)).unwrap();
         storage.publish().unwrap();
         let rootfs = share.exported().join("x/rootfs");
@@ -238,7 +238,7 @@ fn rootfs_that_cannot_be_mounted_is_told() {
             options: vec!["lowerdir=/absent".into()],
             ..Mount::default()
         };
-        let storage = share.storage("x");
+        let mut storage = share.storage("x");
         let err = storage.build(&[component], &root(dir)).unwrap_err();
         assert!(
             err.chain()

@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 
 use crate::cgroup::PodCgroup;
 use crate::container::{Container, Parts};
+use crate::disks::Disks;
 use crate::error::Error;
 use crate::growth::Demand;
 use crate::hooks::{self, HookState};
@@ -25,7 +26,7 @@ use crate::process::{Process, TtySize};
 use crate::sandbox::Sandbox;
 use crate::size::{VmSize, VmSizes};
 use crate::spec::{self, Divided};
-use crate::storage::{self, ContainerStorage};
+use crate::storage::{self, ContainerStorage, OpenDisks, Wanted};
 use crate::streams::{self, Ends, LogIdentity, Ports, Stdio};
 
 /// Written to the bundle, so that the `delete` action finds the worker of a shim that is gone.
@@ -137,7 +138,7 @@ impl Sandbox {
             Ok((storage, ends))
         };
         let (vm, host) = tokio::join!(self.vm(config.vm(), sizes, &network, &host_failed), host);
-        let (storage, ends) = host?;
+        let (mut storage, ends) = host?;
         let vm = vm?;
         if kind != Kind::Sandbox {
             // What the sandbox says is for these.
@@ -147,9 +148,14 @@ impl Sandbox {
             };
             self.demand(&vm, &request.id, demand).await?;
         }
-        if let Some(storage) = &storage {
+        let mut disks = OpenDisks::default();
+        if let Some(storage) = &mut storage {
             storage.publish()?;
             divided.place(storage.volumes());
+            disks = storage.take_disks();
+        }
+        if disks.root.is_some() {
+            divided.root_is_on_disk(&request.id);
         }
         let hooks = divided.hooks;
         let prepared = Instant::now();
@@ -176,22 +182,29 @@ impl Sandbox {
         .await?;
 
         let init = Process::new(String::new(), request.stdio, tty_size);
+        let disks = Disks::plug(&vm, disks).await?;
         let guest = serde_json::to_vec(&divided.guest).map_err(|source| Error::InvalidRequest {
             what: "OCI configuration",
             source: source.into(),
         })?;
-        connect(ends, &vm, &init, async |stdio| {
+        let created = connect(ends, &vm, &init, async |stdio| {
             let request = CreateContainerRequest {
                 container_id: request.id.clone(),
                 spec: guest,
                 stdio: Some(stdio).into(),
                 sandbox: kind == Kind::Sandbox,
                 volumes: divided.volumes,
+                root_disk: disks.root.clone().into(),
+                disk_devices: disks.devices.clone(),
                 ..Default::default()
             };
             vm.agent().create_container(request).await
         })
-        .await?;
+        .await;
+        if let Err(err) = created {
+            disks.unplug(&vm).await;
+            return Err(err);
+        }
 
         if first {
             info!(
@@ -213,6 +226,7 @@ impl Sandbox {
             init,
             vm,
             storage,
+            disks,
         }))
     }
 
@@ -234,13 +248,13 @@ impl Sandbox {
         if *kind == Kind::Sandbox {
             return Ok(None);
         }
-        let root = request.bundle.join(&divided.root);
-        let binds = divided.binds.clone();
-        let rootfs = request.rootfs.clone();
-        self.share()
-            .prepare(&request.id, rootfs, root, binds)
-            .await
-            .map(Some)
+        let wanted = Wanted {
+            rootfs: request.rootfs.clone(),
+            root: request.bundle.join(&divided.root),
+            binds: divided.binds.clone(),
+            devices: divided.devices.clone(),
+        };
+        self.share().prepare(&request.id, wanted).await.map(Some)
     }
 
     fn log_identity<'a>(&'a self, id: &'a str) -> LogIdentity<'a> {

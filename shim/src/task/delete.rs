@@ -77,6 +77,7 @@ impl Sandbox {
                     err.chain()
                 );
             }
+            container.disks().unplug(container.vm()).await;
         }
         if let Some(storage) = container.take_storage() {
             // Unmounting may wait for a disk.

@@ -1,0 +1,230 @@
+//! The disks that the host plugs in. Each is found by its serial as soon as the kernel says that one has appeared
+//! ([`crate::hotplug`]), and is then the root file system of a container, or a device in it.
+//!
+//! ```text
+//! /run/husk/disks/<container>   the file system on its root disk, as long as the container
+//! ```
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use husk_protocol::{DISK_MOUNTS, agent};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tokio::sync::watch;
+
+use crate::devices::{self, Node};
+use crate::error::{During, Error, Result};
+
+/// A folder for each disk that the kernel knows.
+const DISKS: &str = "/sys/block";
+
+/// How long a disk may take to appear.
+const APPEARANCE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What mount(2) takes as a flag, by the option's name of mount(8). The rest is the file system's.
+const FLAGS: [(&str, MsFlags); 12] = [
+    ("ro", MsFlags::MS_RDONLY),
+    ("nosuid", MsFlags::MS_NOSUID),
+    ("nodev", MsFlags::MS_NODEV),
+    ("noexec", MsFlags::MS_NOEXEC),
+    ("noatime", MsFlags::MS_NOATIME),
+    ("nodiratime", MsFlags::MS_NODIRATIME),
+    ("relatime", MsFlags::MS_RELATIME),
+    ("strictatime", MsFlags::MS_STRICTATIME),
+    ("lazytime", MsFlags::MS_LAZYTIME),
+    ("sync", MsFlags::MS_SYNCHRONOUS),
+    ("dirsync", MsFlags::MS_DIRSYNC),
+    ("silent", MsFlags::MS_SILENT),
+];
+
+/// Options that say what is so without them.
+const DEFAULTS: [&str; 7] = ["defaults", "rw", "suid", "dev", "exec", "async", "atime"];
+
+/// The guest's disks.
+#[derive(Debug, Default)]
+pub(crate) struct Disks {
+    appeared: watch::Sender<()>,
+}
+
+impl Disks {
+    /// Says that a disk may have appeared.
+    pub(crate) fn appeared(&self) {
+        self.appeared.send_replace(());
+    }
+
+    /// The device of the disk with this serial, once it is there.
+    pub(crate) async fn node(&self, serial: &str) -> Result<Node> {
+        let device = self.find(serial).await?;
+        devices::lookup(&device).ok_or_else(|| no_disk(serial))
+    }
+
+    async fn find(&self, serial: &str) -> Result<PathBuf> {
+        // From before the first look on, so that no disk can appear unseen.
+        let mut news = self.appeared.subscribe();
+        let found = async {
+            loop {
+                if let Some(name) =
+                    with_serial(Path::new(DISKS), serial).during("looking for the guest's disks")?
+                {
+                    return Ok(Path::new("/dev").join(name));
+                }
+                // The sender is `self`.
+                let _ = news.changed().await;
+            }
+        };
+        tokio::time::timeout(APPEARANCE_LIMIT, found)
+            .await
+            .unwrap_or_else(|_| Err(no_disk(serial)))
+    }
+
+    /// Mounts the root file system of container `id`.
+    pub(crate) async fn mount_root(&self, id: &str, disk: &agent::RootDisk) -> Result<()> {
+        let device = self.find(&disk.serial).await?;
+        let (flags, data) = divide(&disk.options);
+        let (point, fstype) = (Path::new(DISK_MOUNTS).join(id), disk.fstype.clone());
+        // What the disk holds may have to be recovered first.
+        blocking(move || {
+            fs::create_dir_all(&point)
+                .and_then(|()| {
+                    Ok(mount(
+                        Some(&device),
+                        &point,
+                        Some(fstype.as_str()),
+                        flags,
+                        Some(data.as_str()),
+                    )?)
+                })
+                .during(format!("mounting the root file system ({fstype})"))
+        })
+        .await
+    }
+}
+
+/// Unmounts the root file system of container `id`, if it has one of its own, whose processes are gone. All that was written
+/// is on the disk then.
+pub(crate) async fn unmount_root(id: &str) {
+    let point = Path::new(DISK_MOUNTS).join(id);
+    if !point.exists() {
+        return;
+    }
+    blocking(move || {
+        // A container that is being created has all mounts in its namespace until it enters its root. So it may not be this
+        // unmount that ends the file system, and it is brought to its end on the disk before.
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        match mount(None::<&str>, &point, None::<&str>, flags, None::<&str>) {
+            // Not a mount point: it could not be mounted.
+            Ok(()) | Err(Errno::EINVAL) => {}
+            Err(error) => {
+                tracing::warn!(%error, point = %point.display(), "a disk is not closed by its file system");
+            }
+        }
+        let unmounted = match umount2(&point, MntFlags::MNT_DETACH) {
+            Ok(()) | Err(Errno::EINVAL) => fs::remove_dir(&point),
+            Err(error) => Err(error.into()),
+        };
+        if let Err(error) = unmounted {
+            tracing::warn!(%error, point = %point.display(), "a disk stays mounted");
+        }
+    })
+    .await;
+}
+
+/// Does what waits for a disk where nobody else waits for it.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+    }
+}
+
+/// The name of the disk in the folder `disks` that has this serial.
+fn with_serial(disks: &Path, serial: &str) -> io::Result<Option<PathBuf>> {
+    for disk in fs::read_dir(disks)? {
+        let disk = disk?;
+        // Not every disk has one, and it may be on its way out.
+        if fs::read_to_string(disk.path().join("serial")).is_ok_and(|found| found.trim() == serial)
+        {
+            return Ok(Some(disk.file_name().into()));
+        }
+    }
+    Ok(None)
+}
+
+/// Divides options of mount(8) into those that are flags and those of the file system.
+fn divide(options: &[String]) -> (MsFlags, String) {
+    let mut flags = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in options.iter().map(String::as_str) {
+        match FLAGS.iter().find(|(name, _)| *name == option) {
+            Some((_, flag)) => flags |= *flag,
+            None if DEFAULTS.contains(&option) => {}
+            None => data.push(option),
+        }
+    }
+    (flags, data.join(","))
+}
+
+fn no_disk(serial: &str) -> Error {
+    Error::NoDisk {
+        serial: serial.to_owned(),
+        seconds: APPEARANCE_LIMIT.as_secs(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disk_is_found_by_its_serial() {
+        let disks = tempfile::tempdir().unwrap();
+        for (name, serial) in [
+            ("vda", Some("disk-1\n")),
+            ("vdb", Some("disk-10")),
+            ("loop0", None),
+        ] {
+            let disk = disks.path().join(name);
+            fs::create_dir(&disk).unwrap();
+            if let Some(serial) = serial {
+                fs::write(disk.join("serial"), serial).unwrap();
+            }
+        }
+        let find = |serial| with_serial(disks.path(), serial).unwrap();
+        assert_eq!(find("disk-1"), Some("vda".into()));
+        assert_eq!(find("disk-10"), Some("vdb".into()));
+        assert_eq!(find("disk"), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn disk_that_does_not_come_is_named() {
+        let error = Disks::default().node("none").await.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the guest has got no disk none within 10 s"
+        );
+    }
+
+    #[test]
+    fn options_are_flags_or_the_file_systems() {
+        let divided = |options: &[&str]| {
+            let options: Vec<_> = options.iter().map(|&option| option.to_owned()).collect();
+            divide(&options)
+        };
+        assert_eq!(
+            divided(&["rw", "noatime", "errors=remount-ro", "nodev", "discard"]),
+            (
+                MsFlags::MS_NOATIME | MsFlags::MS_NODEV,
+                "errors=remount-ro,discard".to_owned()
+            )
+        );
+        assert_eq!(divided(&["ro"]), (MsFlags::MS_RDONLY, String::new()));
+    }
+
+    #[tokio::test]
+    async fn container_without_a_disk_has_nothing_to_unmount() {
+        unmount_root("no-such-container").await;
+    }
+}
