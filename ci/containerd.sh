@@ -90,7 +90,8 @@ containerd_start() {
     mkdir -p "$root" "$state"
     {
         # The keys of no table, then the tables.
-        printf 'root = "%s"\nstate = "%s"\n' "$root" "$state"
+        # The score as in containerd's unit.
+        printf 'root = "%s"\nstate = "%s"\noom_score = -999\n' "$root" "$state"
         containerd_settings "$version"
         printf '[grpc]\naddress = "%s/containerd.sock"\n[debug]\nlevel = "debug"\n' "$state"
     } >"$state/config.toml"

@@ -9,7 +9,7 @@ import socket
 import urllib.request
 
 from cri import PodCase
-from harness import TIMEOUT_S, Terminal, wait_until
+from harness import IMAGE, TIMEOUT_S, Terminal, wait_until
 
 MIB = 1 << 20
 
@@ -169,13 +169,7 @@ class Crictl(PodCase):
     def test_the_machine_is_in_the_pods_cgroup_with_the_least_of_its_oom_scores(self):
         if self.runtime != "husk":
             self.skipTest("other pods have no machine")
-        # As the kubelet makes it.
-        parent = f"/e2e-{os.getpid()}"
-        group = f"/sys/fs/cgroup{parent}"
-        os.mkdir(group)
-        self.addCleanup(os.rmdir, group)
-        with open(f"{group}/cgroup.subtree_control", "w", encoding="ascii") as file:
-            file.write("+cpu +memory +pids")
+        parent, group = self.parent_group()
         pod = self.pod(linux={"cgroup_parent": parent})
         for score in (700, 500):
             pod.start(linux={"resources": {"oom_score_adj": score}})
@@ -189,6 +183,46 @@ class Crictl(PodCase):
             self.assertEqual(file.read(), "500\n")
         pod.remove(code=0)
         self.assertEqual([at for at, _, _ in os.walk(group)], [group])
+
+    def test_a_container_for_debugging_sees_the_processes_of_its_target(self):
+        pod = self.pod()
+        own = {"security_context": {"namespace_options": {"pid": 1}}}
+        target = pod.start("sleep", "12345", linux=own)
+        debugger = {"security_context": {"namespace_options": {"pid": 3, "target_id": target.id}}}
+        self.assertIn("sleep 12345", pod.start(linux=debugger).output_of("ps", "-o", "pid,args").splitlines()[1])
+        if self.runtime == "husk":
+            pod.start(linux=own)
+            refusal = self.crictl("create", pod.id, self.write_json({
+                "metadata": {"name": "debugger"}, "image": {"image": IMAGE}, "linux": debugger}), pod.config)
+            self.assertNotEqual(refusal.code, 0)
+            self.assertIn("which of the 2", refusal.err)
+
+    def test_a_machine_that_the_hosts_oom_killer_takes(self):
+        if self.runtime != "husk":
+            self.skipTest("other pods have no machine")
+        parent, group = self.parent_group()
+        pod = self.pod(linux={"cgroup_parent": parent})
+        containers = [pod.start(), pod.start()]
+        with open(f"{group}/memory.current", encoding="ascii") as file:
+            limit = int(file.read()) + 16 * MIB
+        with open(f"{group}/memory.max", "w", encoding="ascii") as file:
+            file.write(str(limit))
+        self.assertNotEqual(containers[0].exec("dd", "if=/dev/zero", "of=/dev/null", "bs=100M", "count=1").code, 0)
+        for container in containers:
+            status = container.wait_for_exit()
+            self.assertEqual((status["exitCode"], status["reason"]), (137, "OOMKilled"))
+        pod.remove(code=0)
+        self.assertEqual([at for at, _, _ in os.walk(group)], [group])
+
+    def parent_group(self):
+        """A control group for a pod, as the kubelet makes it: its path in the hierarchy, and its folder."""
+        parent = f"/e2e-{os.getpid()}"
+        group = f"/sys/fs/cgroup{parent}"
+        os.mkdir(group)
+        self.addCleanup(os.rmdir, group)
+        with open(f"{group}/cgroup.subtree_control", "w", encoding="ascii") as file:
+            file.write("+cpu +memory +pids")
+        return parent, group
 
     def test_thirty_pods_four_at_a_time_leave_nothing(self):
         def life(number):

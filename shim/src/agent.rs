@@ -64,16 +64,17 @@ impl Agent {
         Self { client, end }
     }
 
+    /// Returns the guest's pid of the container's first process.
     pub(crate) async fn create_container(
         &self,
         request: CreateContainerRequest,
-    ) -> Result<(), Error> {
+    ) -> Result<u32, Error> {
         self.call(
             "CreateContainer",
             self.client.create_container(Context::default(), &request),
         )
         .await
-        .map(drop)
+        .map(|created| created.pid)
     }
 
     pub(crate) async fn start_container(&self, id: &str) -> Result<(), Error> {

@@ -56,6 +56,7 @@ pub(crate) struct Parts {
     pub(crate) id: String,
     pub(crate) bundle: PathBuf,
     pub(crate) oci_version: String,
+    pub(crate) guest_pid: u32,
     pub(crate) own_pid_namespace: bool,
     pub(crate) is_sandbox: bool,
     pub(crate) hooks: HostHooks,
@@ -71,6 +72,8 @@ pub(crate) struct Container {
     id: String,
     bundle: PathBuf,
     oci_version: String,
+    /// Of its first process, as the guest's root namespace numbers it.
+    guest_pid: u32,
     /// Whether the kernel kills every process of the container with the first one.
     own_pid_namespace: bool,
     /// Whether it stands for its pod.
@@ -99,6 +102,7 @@ impl Container {
             id: parts.id,
             bundle: parts.bundle,
             oci_version: parts.oci_version,
+            guest_pid: parts.guest_pid,
             own_pid_namespace: parts.own_pid_namespace,
             is_sandbox: parts.is_sandbox,
             hooks: parts.hooks,
@@ -118,6 +122,10 @@ impl Container {
 
     pub(crate) fn bundle(&self) -> &std::path::Path {
         &self.bundle
+    }
+
+    pub(crate) fn guest_pid(&self) -> u32 {
+        self.guest_pid
     }
 
     pub(crate) fn own_pid_namespace(&self) -> bool {

@@ -108,6 +108,14 @@ impl Divided {
     }
 }
 
+/// The PID namespace of a container of the guest, if it is its pod's.
+pub(crate) fn pods_processes(guest: &mut Spec) -> Option<&mut LinuxNamespace> {
+    let namespaces = guest.linux_mut().as_mut()?.namespaces_mut().as_mut()?;
+    namespaces
+        .iter_mut()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_some())
+}
+
 /// Divides the specification of container `id`. The sources of its mounts are looked at by `look`, which is told whether
 /// one is the pod's /dev/shm.
 ///

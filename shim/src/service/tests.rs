@@ -376,6 +376,7 @@ fn add_container(sandbox: &Arc<Sandbox>, id: &str, vm: Arc<Vm>) {
         id: id.into(),
         bundle: "/bundle".into(),
         oci_version: "1.1.0".into(),
+        guest_pid: 1,
         own_pid_namespace: true,
         is_sandbox: false,
         hooks: HostHooks::default(),

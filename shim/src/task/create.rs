@@ -118,6 +118,12 @@ impl Sandbox {
         let oci_version = spec.version().clone();
         let own_pid_namespace = has_own_pid_namespace(&spec);
         let mut divided = divide(spec, &request.id, &kind).await?;
+        if let Some(namespace) = spec::pods_processes(&mut divided.guest)
+            && let Some(container) = self.only_one_with_own_processes()?
+        {
+            let path = format!("/proc/{}/ns/pid", container.guest_pid());
+            namespace.set_path(Some(path.into()));
+        }
         let process = divided.guest.process().as_ref();
         let tty_size = process.map(tty_size).unwrap_or_default();
 
@@ -201,10 +207,13 @@ impl Sandbox {
             vm.agent().create_container(request).await
         })
         .await;
-        if let Err(err) = created {
-            disks.unplug(&vm).await;
-            return Err(err);
-        }
+        let guest_pid = match created {
+            Ok(pid) => pid,
+            Err(err) => {
+                disks.unplug(&vm).await;
+                return Err(err);
+            }
+        };
 
         if first {
             info!(
@@ -220,6 +229,7 @@ impl Sandbox {
             id: request.id,
             bundle: request.bundle,
             oci_version,
+            guest_pid,
             own_pid_namespace,
             is_sandbox: kind == Kind::Sandbox,
             hooks,
@@ -235,6 +245,24 @@ impl Sandbox {
         match self.container(id) {
             Ok(sandbox) if sandbox.init().exit().is_none() => Ok(sandbox),
             Ok(_) | Err(_) => Err(Error::NoSandbox { id: id.to_owned() }),
+        }
+    }
+
+    /// containerd names whose processes a container shall see by the pid that it has on the host, which the sandbox and all
+    /// containers have in common. But kubelet lets either all containers of a pod see the sandbox's, and then there is none
+    /// here, or none of them but one for debugging, which sees another's.
+    fn only_one_with_own_processes(&self) -> Result<Option<Arc<Container>>, Error> {
+        let mut all = self.containers();
+        all.retain(|one| {
+            one.own_pid_namespace() && !one.is_sandbox() && one.init().exit().is_none()
+        });
+        match &all[..] {
+            [] => Ok(None),
+            [one] => Ok(Some(one.clone())),
+            several => Err(Error::UnsupportedSpec(format!(
+                "joins the PID namespace of another container, but which of the {} that have one cannot be told in a VM",
+                several.len()
+            ))),
         }
     }
 
@@ -275,17 +303,18 @@ async fn divide(spec: Spec, id: &str, kind: &Kind) -> Result<Divided, Error> {
     }
 }
 
-/// Connects the streams of `process` to the guest, lets `create` create the process with them, and attaches them.
-pub(super) async fn connect(
+/// Connects the streams of `process` to the guest, lets `create` create the process with them, and attaches them. Returns
+/// what `create` does.
+pub(super) async fn connect<T>(
     ends: Ends,
     vm: &crate::vm::Vm,
     process: &Process,
-    create: impl AsyncFnOnce(agent::Stdio) -> Result<(), Error>,
-) -> Result<(), Error> {
+    create: impl AsyncFnOnce(agent::Stdio) -> Result<T, Error>,
+) -> Result<T, Error> {
     let (streams, ports) = ends.connect(vm).await?;
-    create(agent_stdio(process, ports)).await?;
+    let created = create(agent_stdio(process, ports)).await?;
     process.attach(streams);
-    Ok(())
+    Ok(created)
 }
 
 fn agent_stdio(process: &Process, ports: Ports) -> agent::Stdio {
