@@ -9,7 +9,7 @@ import socket
 import urllib.request
 
 from cri import PodCase
-from harness import IMAGE, TIMEOUT_S, Terminal, wait_until
+from harness import TIMEOUT_S, Terminal, wait_until
 
 MIB = 1 << 20
 
@@ -192,8 +192,7 @@ class Crictl(PodCase):
         self.assertIn("sleep 12345", pod.start(linux=debugger).output_of("ps", "-o", "pid,args").splitlines()[1])
         if self.runtime == "husk":
             pod.start(linux=own)
-            refusal = self.crictl("create", pod.id, self.write_json({
-                "metadata": {"name": "debugger"}, "image": {"image": IMAGE}, "linux": debugger}), pod.config)
+            refusal = self.crictl("start", pod.create(linux=debugger).id)
             self.assertNotEqual(refusal.code, 0)
             self.assertIn("which of the 2", refusal.err)
 

@@ -41,6 +41,15 @@ class Storage(Case):
         for write in (["touch", "/share/new"], ["rm", "-f", "/share/old"], ["dd", "if=/dev/zero", "of=/share/old", "count=1"]):
             self.assertIn("Read-only file system", self.run_container(*write, options=self.mount("ro"), code=1).err)
 
+    def test_a_mount_below_a_read_only_mount(self):
+        below = f"{self.share}/below"
+        os.mkdir(below)
+        self.mount_disk(below, "16M")
+        self.run_container("touch", "/share/below/new", options=self.mount("ro"), code=0)
+        self.assertTrue(os.path.exists(f"{below}/new"))
+        refused = self.run_container("rm", "/share/below/new", options=self.mount("rro"), code=1)
+        self.assertIn("Read-only file system", refused.err)
+
     def test_names_of_any_bytes(self):
         path = os.fsencode(self.share)
         with open(path + b"/" + NAME, "wb") as file:
