@@ -146,7 +146,7 @@ impl Sandbox {
     /// under way with the error `Abandoned`.
     pub(crate) async fn vm(
         &self,
-        config: &husk_config::Vm,
+        config: &husk_config::Config,
         sizes: VmSizes,
         network: &Wanted<'_>,
         give_up: &Notify,

@@ -16,8 +16,9 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use husk_config::{Cache, Config};
 use husk_protocol::{AGENT_PORT, GUEST_CID, READY_PORT, SHARE_TAG};
-use husk_vmm::config::{DiskConfig, ShareConfig, VmConfig};
+use husk_vmm::config::{CachePolicy, DiskConfig, ShareConfig, VmConfig};
 use husk_vmm::control::Event;
 use log::{info, warn};
 use tokio::net::UnixStream;
@@ -114,7 +115,7 @@ impl Vm {
     /// Has to be called on the main thread, see [`vmm::spawn`]. On failure nothing is left, nor of the network. `give_up` ends it early: then
     /// nothing is left but the worker, for as long as it takes to end.
     pub(crate) async fn boot(
-        config: &husk_config::Vm,
+        config: &Config,
         sizes: VmSizes,
         share: &Path,
         mut network: Network,
@@ -134,11 +135,13 @@ impl Vm {
     }
 
     async fn start(
-        config: &husk_config::Vm,
+        config: &Config,
         sizes: VmSizes,
         share: &Path,
         network: &mut Network,
     ) -> Result<(Starting, Agent, Phases), Error> {
+        let storage = config.storage();
+        let config = config.vm();
         let kernel = open_guest_file("kernel", config.kernel())?;
         let initramfs = open_guest_file("initramfs", config.initramfs())?;
 
@@ -158,6 +161,12 @@ impl Vm {
             shares: vec![ShareConfig {
                 tag: SHARE_TAG.to_owned(),
                 path: share.to_owned(),
+                cache: match storage.cache() {
+                    Cache::Auto => CachePolicy::Auto,
+                    Cache::None => CachePolicy::None,
+                    Cache::Always => CachePolicy::Always,
+                },
+                writeback: storage.writeback(),
             }],
             disks: Vec::new(),
             nics: network.nics(),

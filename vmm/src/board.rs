@@ -239,7 +239,8 @@ fn add_platform_devices(
 fn make_fs(share: &ShareConfig, setup: ThreadSetup) -> Result<FsDevice, Error> {
     let name = || format!("file system ({})", share.tag);
     let tag = Tag::try_from(share.tag.clone()).map_err(|err| broken(&name(), err))?;
-    let exported = Share::new(&share.path).map_err(|err| broken(&name(), err))?;
+    let exported = Share::new(&share.path, share.cache, share.writeback)
+        .map_err(|err| broken(&name(), err))?;
     FsDevice::new(tag, exported, setup).map_err(|err| broken(&name(), err))
 }
 

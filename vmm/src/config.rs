@@ -46,6 +46,24 @@ pub struct ShareConfig {
     pub tag: String,
     /// The folder, an absolute path in the worker's mount namespace before it is jailed.
     pub path: std::path::PathBuf,
+    /// How far the guest relies on what it has read before.
+    pub cache: CachePolicy,
+    /// The guest keeps what is written until `fsync`, `close` or its kernel finds the time to tell the worker, and decides on
+    /// times and lengths of files itself. Without effect where nothing is kept ([`CachePolicy::None`]).
+    pub writeback: bool,
+}
+
+/// How far the guest relies on what it has read before of a shared folder.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CachePolicy {
+    /// On the content of a file until it is opened again, on names and attributes for a second.
+    #[default]
+    Auto,
+    /// Not at all: whatever is read is asked for.
+    None,
+    /// As if nobody else changed the folder.
+    Always,
 }
 
 /// A virtio-blk device.
@@ -430,6 +448,8 @@ mod tests {
         let share = |tag: &str| ShareConfig {
             tag: tag.to_owned(),
             path: "/".into(),
+            cache: CachePolicy::Auto,
+            writeback: false,
         };
         let disk = |serial: &str| DiskConfig {
             serial: serial.to_owned(),

@@ -17,7 +17,7 @@ use std::process::{Child, Command};
 
 use command_fds::{CommandFdExt, FdMapping};
 use husk_vmm::NicFiles;
-use husk_vmm::config::{DiskConfig, NicConfig, ShareConfig, VmConfig};
+use husk_vmm::config::{CachePolicy, DiskConfig, NicConfig, ShareConfig, VmConfig};
 use husk_vmm::control::{self, Call, Event, ExitReason, Message, Reply, Request, Resize};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use support::{Guest, file_of, initramfs, net};
@@ -238,6 +238,8 @@ fn guest_runs_jailed_until_it_powers_off() {
         config.shares.push(ShareConfig {
             tag: "share".to_owned(),
             path: share.path().to_owned(),
+            cache: CachePolicy::Auto,
+            writeback: false,
         });
     });
     assert_eq!(booted, Ok(Reply::Booted));
@@ -462,6 +464,8 @@ fn what_cannot_boot_is_told_and_ends_the_worker() {
         config.shares.push(ShareConfig {
             tag: "share".to_owned(),
             path: "/does/not/exist".into(),
+            cache: CachePolicy::Auto,
+            writeback: false,
         });
     };
     let message = worker.boot("", missing).unwrap_err();

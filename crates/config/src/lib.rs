@@ -1,7 +1,7 @@
 //! `husk.toml`: one file, one typed, checked [`Config`].
 //!
 //! The shim and the command-line tool read it; neither sees a value that has not been checked. Each key is written down
-//! once, in [`RawVm`] or [`RawNetwork`], and checked once, in `overlaid` of its table; its reference is the
+//! once, in [`RawVm`], [`RawNetwork`] or [`RawStorage`], and checked once, in `overlaid` of its table; its reference is the
 //! configuration chapter of the book.
 
 #![forbid(unsafe_code)]
@@ -47,7 +47,7 @@ const ANNOTATION_PREFIX: &str = "io.husk.";
 
 /// The keys that an administrator may leave to pods. None of the others is a pod's business: a path is one of the host's,
 /// which the shim opens as root, and what host networking means is the node's decision.
-const ANNOTATION_KEYS: [&str; 7] = [
+const ANNOTATION_KEYS: [&str; 9] = [
     "vm.vcpus",
     "vm.max_vcpus",
     "vm.memory_mib",
@@ -55,6 +55,8 @@ const ANNOTATION_KEYS: [&str; 7] = [
     "vm.kernel_params",
     "vm.boot_timeout_s",
     "network.datapath",
+    "storage.cache",
+    "storage.writeback",
 ];
 
 /// The configuration, checked.
@@ -62,6 +64,7 @@ const ANNOTATION_KEYS: [&str; 7] = [
 pub struct Config {
     vm: Vm,
     network: Network,
+    storage: Storage,
     annotations: Annotations,
 }
 
@@ -112,6 +115,25 @@ pub enum HostNetwork {
     Refuse,
     /// It is created, without any network but its loopback interface.
     Isolate,
+}
+
+/// How a pod has its files: the table `[storage]`.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Storage {
+    cache: Cache,
+    writeback: bool,
+}
+
+/// How far the guest relies on what it has read before of the files that the host shares with it.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub enum Cache {
+    /// Until a file is opened again, and for a second.
+    #[default]
+    Auto,
+    /// Not at all.
+    None,
+    /// As if nobody else changed them.
+    Always,
 }
 
 impl Config {
@@ -177,12 +199,13 @@ impl Config {
                     allowed: self.annotations.allow.join(", "),
                 })?;
             // All values of annotations are strings.
-            let value = value
-                .parse()
-                .map_or_else(|_| Value::from(value), Value::Integer);
+            let value = (value.parse().map(Value::Integer))
+                .or_else(|_| value.parse().map(Value::Boolean))
+                .unwrap_or_else(|_| Value::from(value));
             tables.entry(table).or_default().insert(in_table, value);
         }
-        let text = toml::to_string(&tables).expect("strings and integers in tables are TOML");
+        let text =
+            toml::to_string(&tables).expect("strings, integers and truths in tables are TOML");
         let text = Text::new(&text, Path::new("the pod's annotations"));
         let raw = toml::from_str(text.as_str()).map_err(|err| text.not_understood(&err))?;
         self.overlaid(raw, &text)
@@ -193,6 +216,7 @@ impl Config {
         Ok(Self {
             vm: self.vm.overlaid(raw.vm, text)?,
             network: self.network.overlaid(raw.network, text)?,
+            storage: self.storage.overlaid(raw.storage, text)?,
             annotations: self.annotations.overlaid(raw.annotations, text)?,
         })
     }
@@ -207,6 +231,12 @@ impl Config {
     #[must_use]
     pub fn network(&self) -> Network {
         self.network
+    }
+
+    /// The files of containers.
+    #[must_use]
+    pub fn storage(&self) -> Storage {
+        self.storage
     }
 }
 
@@ -242,6 +272,36 @@ impl Network {
                 one_of(value, &host_networks)
             })?
             .unwrap_or(self.host_network),
+        })
+    }
+}
+
+impl Storage {
+    /// How far the guest relies on what it has read before.
+    #[must_use]
+    pub fn cache(self) -> Cache {
+        self.cache
+    }
+
+    /// The guest keeps what is written for a while before it tells the host.
+    #[must_use]
+    pub fn writeback(self) -> bool {
+        self.writeback
+    }
+
+    fn overlaid(self, raw: RawStorage, text: &Text<'_>) -> Result<Self, ConfigError> {
+        let caches = [
+            ("auto", Cache::Auto),
+            ("none", Cache::None),
+            ("always", Cache::Always),
+        ];
+        Ok(Self {
+            cache: check(text, "storage.cache", raw.cache, |value| {
+                one_of(value, &caches)
+            })?
+            .unwrap_or(self.cache),
+            writeback: check(text, "storage.writeback", raw.writeback, truth)?
+                .unwrap_or(self.writeback),
         })
     }
 }
@@ -370,6 +430,8 @@ struct RawConfig {
     #[serde(default)]
     network: RawNetwork,
     #[serde(default)]
+    storage: RawStorage,
+    #[serde(default)]
     annotations: RawAnnotations,
 }
 
@@ -384,6 +446,13 @@ struct RawAnnotations {
 struct RawNetwork {
     datapath: Option<Spanned<Value>>,
     host_network: Option<Spanned<Value>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table of keys")]
+struct RawStorage {
+    cache: Option<Spanned<Value>>,
+    writeback: Option<Spanned<Value>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -435,6 +504,10 @@ fn kernel_params(value: &Value) -> Result<String, String> {
         .ok_or_else(|| {
             format!("a string of at most {KERNEL_PARAMS_MAX_LEN} printable ASCII characters")
         })
+}
+
+fn truth(value: &Value) -> Result<bool, String> {
+    value.as_bool().ok_or_else(|| "true or false".to_owned())
 }
 
 fn one_of<T: Copy>(value: &Value, words: &[(&str, T)]) -> Result<T, String> {

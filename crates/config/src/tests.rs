@@ -34,6 +34,9 @@ fn every_key_is_read() {
         [network]
         datapath = "vhost"
         host_network = "isolate"
+        [storage]
+        cache = "always"
+        writeback = true
         "#,
     )
     .unwrap();
@@ -49,6 +52,9 @@ fn every_key_is_read() {
     let network = config.network();
     assert_eq!(network.datapath(), Datapath::Vhost);
     assert_eq!(network.host_network(), HostNetwork::Isolate);
+    let storage = config.storage();
+    assert_eq!(storage.cache(), Cache::Always);
+    assert!(storage.writeback());
 }
 
 #[test]
@@ -73,9 +79,9 @@ fn unknown_key_is_named_with_its_line_and_the_keys_there_are() {
 
 #[test]
 fn unknown_table_is_named_with_its_line() {
-    let err = parse("\n[storage]\n").unwrap_err();
+    let err = parse("\n[disk]\n").unwrap_err();
     assert!(
-        err.starts_with("/etc/husk/husk.toml:2: storage: unknown field `storage`"),
+        err.starts_with("/etc/husk/husk.toml:2: disk: unknown field `disk`"),
         "{err}"
     );
 }
@@ -237,6 +243,28 @@ fn annotations_that_are_not_allowed_are_refused_with_what_is() {
     }
     let refused = Config::default().with_annotations([("io.husk.vm.vcpus", "1")]);
     assert!(refused.unwrap_err().to_string().ends_with("has nothing"));
+}
+
+#[test]
+fn annotations_hold_truths() {
+    let config = Config::from_toml(
+        "[annotations]\nallow = [\"storage.cache\", \"storage.writeback\"]",
+        "husk.toml",
+    )
+    .unwrap();
+    let with = |value| {
+        config.clone().with_annotations([
+            ("io.husk.storage.cache", "none"),
+            ("io.husk.storage.writeback", value),
+        ])
+    };
+    let storage = with("true").unwrap().storage();
+    assert_eq!((storage.cache(), storage.writeback()), (Cache::None, true));
+    assert!(!with("false").unwrap().storage().writeback());
+    for value in ["yes", "1", ""] {
+        let text = with(value).unwrap_err().to_string();
+        assert!(text.contains("allowed is true or false"), "{text}");
+    }
 }
 
 #[test]

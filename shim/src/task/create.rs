@@ -143,7 +143,7 @@ impl Sandbox {
             };
             Ok((storage, ends))
         };
-        let (vm, host) = tokio::join!(self.vm(config.vm(), sizes, &network, &host_failed), host);
+        let (vm, host) = tokio::join!(self.vm(&config, sizes, &network, &host_failed), host);
         let (mut storage, ends) = host?;
         let vm = vm?;
         if kind != Kind::Sandbox {

@@ -3,7 +3,7 @@
 use std::fs::Permissions;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
-use husk_vmm::config::{DiskConfig, ShareConfig};
+use husk_vmm::config::{CachePolicy, DiskConfig, ShareConfig};
 use husk_vmm::control::ExitReason;
 
 use crate::support::{self, Guest};
@@ -94,6 +94,8 @@ fn a_shared_folder_behaves_as_a_file_system() {
     guest.config.shares = vec![ShareConfig {
         tag: "husk".to_owned(),
         path: folder.path().to_owned(),
+        cache: CachePolicy::Auto,
+        writeback: false,
     }];
     assert_passed(guest);
 }

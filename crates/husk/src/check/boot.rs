@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use husk_protocol::{GUEST_CID, READY_PORT, SHARE_TAG};
-use husk_vmm::config::{ShareConfig, VmConfig};
+use husk_vmm::config::{CachePolicy, ShareConfig, VmConfig};
 use husk_vmm::control::{self, Call, Event, Message, Request};
 use husk_vmm::worker;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -37,6 +37,8 @@ pub(super) fn check(vm: &husk_config::Vm, shim: &Path) -> Result<String, Problem
         shares: vec![ShareConfig {
             tag: SHARE_TAG.to_owned(),
             path: share.path().to_owned(),
+            cache: CachePolicy::Auto,
+            writeback: false,
         }],
         disks: Vec::new(),
         nics: Vec::new(),

@@ -20,14 +20,19 @@ use std::time::Duration;
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
-    SetattrValid, ZeroCopyReader, ZeroCopyWriter,
+    ROOT_ID, SetattrValid, ZeroCopyReader, ZeroCopyWriter,
 };
-use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
+use fuse_backend_rs::passthrough::{self, Config, PassthroughFs};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+
+use crate::config::CachePolicy;
 
 /// How long the guest may take names and attributes for valid without asking. The host may change the folder too; this
 /// is how stale the guest's view of that can be. virtiofsd's default.
 const TIMEOUT: Duration = Duration::from_secs(1);
+
+/// As [`TIMEOUT`], where nobody else changes the folder: a day.
+const LONG_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Most files and folders that the guest may have open, its looked-up ones (which FORGET ends) not counted.
 const MAX_OPEN: usize = 64 * 1024;
@@ -86,6 +91,9 @@ fn readdir_size(size: u32) -> u32 {
 /// thread's own rights, since the guest's kernel has checked the user's (the mount has `default_permissions`).
 pub struct Share {
     fs: PassthroughFs,
+    /// What the guest may take names and attributes for valid for where the folder itself changes: containers come and go.
+    top_timeout: Duration,
+    writeback: bool,
     open: AtomicUsize,
     /// The abilities that the guest claimed at the last INIT, zero before it.
     capable: AtomicU64,
@@ -105,15 +113,21 @@ impl Share {
     ///
     /// # Errors
     /// When /proc/self cannot be opened, or the path is not UTF-8.
-    pub fn new(root: &Path) -> io::Result<Self> {
+    pub fn new(root: &Path, cache: CachePolicy, writeback: bool) -> io::Result<Self> {
         let root_dir = root.to_str().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+        let (cache_policy, timeout) = match cache {
+            // Pages are dropped at an open after the file's time stamp has changed: close-to-open, like NFS.
+            CachePolicy::Auto => (passthrough::CachePolicy::Auto, TIMEOUT),
+            CachePolicy::None => (passthrough::CachePolicy::Never, Duration::ZERO),
+            CachePolicy::Always => (passthrough::CachePolicy::Always, LONG_TIMEOUT),
+        };
+        let writeback = writeback && cache != CachePolicy::None;
         let fs = PassthroughFs::new(Config {
             root_dir,
-            entry_timeout: TIMEOUT,
-            attr_timeout: TIMEOUT,
-            // Pages are dropped at an open after the file's time stamp has changed: close-to-open, like NFS.
-            cache_policy: CachePolicy::Auto,
-            writeback: false,
+            entry_timeout: timeout,
+            attr_timeout: timeout,
+            cache_policy,
+            writeback,
             xattr: true,
             // Writes clear setuid bits on the host in the same breath, without a request of their own.
             killpriv_v2: true,
@@ -121,6 +135,8 @@ impl Share {
         })?;
         Ok(Self {
             fs,
+            top_timeout: timeout.min(TIMEOUT),
+            writeback,
             open: AtomicUsize::new(0),
             capable: AtomicU64::new(0),
         })
@@ -203,7 +219,11 @@ impl FileSystem for Share {
         if name == c".." {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        self.fs.lookup(ctx, parent, name)
+        let mut entry = self.fs.lookup(ctx, parent, name)?;
+        if parent == ROOT_ID {
+            entry.entry_timeout = self.top_timeout;
+        }
+        Ok(entry)
     }
 
     fn open(
@@ -289,7 +309,11 @@ impl FileSystem for Share {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<usize> {
-        let flags = open_flags(flags);
+        let mut flags = open_flags(flags);
+        if self.writeback {
+            // The guest has worked out where the end is, and writes what it kept in any order.
+            flags &= !libc::O_APPEND.cast_unsigned();
+        }
         self.fs.write(
             ctx,
             inode,

@@ -16,6 +16,7 @@ use tempfile::TempDir;
 use vm_memory::ByteValued;
 
 use super::{FsDevice, HIPRIO_QUEUE, REQUEST_QUEUE, Share, Tag};
+use crate::config::CachePolicy;
 use crate::snapshot::Snapshot;
 use crate::virtio::VirtioDevice;
 use crate::virtio::testing::{Buffer, Driver};
@@ -33,8 +34,13 @@ struct Guest {
 type Answer = Result<Vec<u8>, i32>;
 
 fn device(folder: &Path) -> FsDevice {
+    device_with(folder, CachePolicy::Auto, false)
+}
+
+fn device_with(folder: &Path, cache: CachePolicy, writeback: bool) -> FsDevice {
     let tag = Tag::try_from("husk".to_owned()).unwrap();
-    FsDevice::new(tag, Share::new(folder).unwrap(), |_| Ok(())).unwrap()
+    let share = Share::new(folder, cache, writeback).unwrap();
+    FsDevice::new(tag, share, |_| Ok(())).unwrap()
 }
 
 fn object<T: ByteValued>(bytes: &[u8]) -> T {
@@ -51,8 +57,12 @@ fn named(body: &[u8], name: &str) -> Vec<u8> {
 
 impl Guest {
     fn new() -> Self {
+        Self::caching(CachePolicy::Auto, false)
+    }
+
+    fn caching(cache: CachePolicy, writeback: bool) -> Self {
         let folder = TempDir::new().unwrap();
-        let mut device = device(folder.path());
+        let mut device = device_with(folder.path(), cache, writeback);
         let driver = Driver::activate(&mut device);
         Self {
             device,
@@ -242,6 +252,66 @@ fn init_agrees_to_large_requests() {
             | FsOptions::FLOCK_LOCKS
             | FsOptions::EXPORT_SUPPORT
     ));
+}
+
+#[test]
+fn cache_policy_is_told_to_the_guest() {
+    const DIRECT_IO: u32 = 1;
+    const KEEP_CACHE: u32 = 2;
+    const DAY: u64 = 24 * 60 * 60;
+    for (cache, open_flags, valid) in [
+        (CachePolicy::Auto, 0, 1),
+        (CachePolicy::None, DIRECT_IO, 0),
+        (CachePolicy::Always, KEEP_CACHE, DAY),
+    ] {
+        let mut guest = Guest::caching(cache, false);
+        guest.init();
+        fs::create_dir(guest.path("container")).unwrap();
+        let container = guest.lookup(ROOT_ID, "container").unwrap();
+        // The folder of a container that is gone may be made again, whatever the policy.
+        assert_eq!(container.entry_valid, valid.min(1), "{cache:?}");
+        let flags = libc::O_CREAT | libc::O_RDWR;
+        let (file, created) = guest.create(container.nodeid, "file", flags).unwrap();
+        assert_eq!((file.entry_valid, file.attr_valid), (valid, valid));
+        assert_eq!(created.open_flags, open_flags, "{cache:?}");
+        let opened = guest.open(file.nodeid, libc::O_RDONLY).unwrap();
+        assert_eq!(opened.open_flags, open_flags, "{cache:?}");
+    }
+}
+
+#[test]
+fn writeback_is_agreed_to_where_pages_are_kept() {
+    for (cache, agreed) in [
+        (CachePolicy::Auto, true),
+        (CachePolicy::Always, true),
+        (CachePolicy::None, false),
+    ] {
+        let flags = Guest::caching(cache, true).init().flags;
+        let flags = FsOptions::from_bits_truncate(flags.into());
+        assert_eq!(flags.contains(FsOptions::WRITEBACK_CACHE), agreed);
+    }
+}
+
+#[test]
+fn pages_written_back_go_where_they_belong_and_may_be_read_before() {
+    let mut guest = Guest::caching(CachePolicy::Auto, true);
+    guest.init();
+    fs::write(guest.path("file"), "0123456789").unwrap();
+    let node = guest.lookup(ROOT_ID, "file").unwrap().nodeid;
+    let flags = libc::O_WRONLY | libc::O_APPEND;
+    let fh = guest.open(node, flags).unwrap().fh;
+    assert_eq!(guest.read(node, fh, 0, 4, 64).unwrap(), b"0123");
+    let body = WriteIn {
+        fh,
+        offset: 4,
+        size: 2,
+        // Other flags than at the open are handed on to the host's file.
+        flags: (flags | libc::O_NONBLOCK).cast_unsigned(),
+        ..WriteIn::default()
+    };
+    let body = [body.as_slice(), b"xx"].concat();
+    guest.ask(Opcode::Write, node, &body, 64).unwrap();
+    assert_eq!(fs::read(guest.path("file")).unwrap(), b"0123xx6789");
 }
 
 #[test]
