@@ -554,7 +554,7 @@ mod tests {
         };
         let sizes = VmSizes { start, most: start };
         let (network, give_up) = (Network::default(), Notify::new());
-        let err = Vm::boot(config.vm(), sizes, Path::new("/"), network, &give_up)
+        let err = Vm::boot(&config, sizes, Path::new("/"), network, &give_up)
             .await
             .unwrap_err();
         assert_eq!(
