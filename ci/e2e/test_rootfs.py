@@ -69,9 +69,15 @@ class Rootfs(Case):
         if runtime_version() < (1, 7):
             self.skipTest("containerd 1.6 has no snapshotter that makes image files")
         enable_blockfile()
-        root = self.output_of("sh", "-c", "echo x >/new && awk '$2 == \"/\" {print $1, $3, $4}' /proc/mounts",
-                              options=["--snapshotter", "blockfile"])
-        self.assertRegex(root, r"^/dev/vd[a-z] ext4 rw," if self.runtime == "husk" else r"^/dev/loop\d+ ext4 rw,")
+        # In the VM of the first one, which goes on.
+        options = ["--snapshotter", "blockfile", "--annotation", "io.kubernetes.cri.sandbox-id=image"]
+        first = self.start(options=options)
+        root = self.output_of("sh", "-c", "echo x >/new && awk '$2 == \"/\" {print $1, $3, $4}' /proc/mounts", options=options)
+        if self.runtime != "husk":
+            self.assertRegex(root, r"^/dev/loop\d+ ext4 rw,")
+            return
+        self.assertRegex(root, r"^/dev/vdb ext4 rw,")
+        self.assertEqual(first.exec("ls", "/sys/block", code=0).out, "vda", "the second one's disk is gone")
 
     def test_a_block_device_that_is_read_only(self):
         task, created = self.create_task([api.mount("ext4", self.ext4(), "ro")])

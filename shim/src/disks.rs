@@ -59,3 +59,91 @@ impl Disks {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use containerd_shim::protos::api::Mount;
+    use husk_vmm::control::{self, Call, Reply, Request};
+    use tokio::net::UnixStream;
+
+    use super::*;
+    use crate::agent::Agent;
+    use crate::storage::{DeviceDisk, RootDisk as OpenRoot};
+    use crate::vm::End;
+    use crate::vmm::tests::{fake_worker, reply};
+
+    /// A VM that takes so many disks and no more, and what it was asked for.
+    fn vm_with_room(mut room: usize) -> (Vm, Arc<Mutex<Vec<String>>>) {
+        let calls = Arc::new(Mutex::new(Vec::new()));
+        let seen = calls.clone();
+        let (worker, _events) = fake_worker(move |socket| {
+            while let Ok(Some((request, files))) = control::recv::<Request>(&socket) {
+                let (call, answer) = match request.call {
+                    Call::AddDisk(disk) if room > 0 && files.len() == 1 => {
+                        room -= 1;
+                        let mode = if disk.read_only { "ro" } else { "rw" };
+                        (format!("+{} {mode}", disk.serial), Ok(Reply::Added))
+                    }
+                    Call::AddDisk(disk) => (format!("?{}", disk.serial), Err("full".to_owned())),
+                    Call::RemoveDisk { serial } => (format!("-{serial}"), Ok(Reply::Removed)),
+                    other => panic!("{other:?}"),
+                };
+                seen.lock().unwrap().push(call);
+                reply(&socket, request.id, answer, &[]);
+            }
+        });
+        let (_sender, end) = End::channel();
+        let agent = Agent::new(UnixStream::pair().unwrap().0, end.clone());
+        (Vm::fake(worker, agent, end, 1), calls)
+    }
+
+    fn open_disks() -> OpenDisks {
+        let root = |options: &[&str]| {
+            let image = tempfile::NamedTempFile::new().unwrap();
+            let mount = Mount {
+                type_: "ext4".to_owned(),
+                source: image.path().display().to_string(),
+                options: options.iter().map(|&option| option.to_owned()).collect(),
+                ..Mount::default()
+            };
+            OpenRoot::of(&[mount]).unwrap().unwrap()
+        };
+        OpenDisks {
+            root: Some(root(&["noatime"])),
+            devices: vec![DeviceDisk {
+                disk: root(&["ro"]).disk,
+                path: "/dev/data".into(),
+            }],
+        }
+    }
+
+    #[tokio::test]
+    async fn disks_are_named_to_the_agent_and_taken_away() {
+        let (vm, calls) = vm_with_room(2);
+        let disks = Disks::plug(&vm, open_disks()).await.unwrap();
+        let root = disks.root.as_ref().unwrap();
+        assert_eq!(
+            (root.serial.as_str(), root.fstype.as_str()),
+            ("disk-0", "ext4")
+        );
+        assert_eq!(root.options, ["noatime"]);
+        let device = &disks.devices[0];
+        assert_eq!(
+            (device.serial.as_str(), device.path.as_str()),
+            ("disk-1", "/dev/data")
+        );
+        disks.unplug(&vm).await;
+        let expected = ["+disk-0 rw", "+disk-1 ro", "-disk-0", "-disk-1"];
+        assert_eq!(*calls.lock().unwrap(), expected);
+    }
+
+    #[tokio::test]
+    async fn disk_that_finds_no_room_leaves_none() {
+        let (vm, calls) = vm_with_room(1);
+        let err = Disks::plug(&vm, open_disks()).await.unwrap_err();
+        assert!(err.chain().contains("full"), "{}", err.chain());
+        assert_eq!(*calls.lock().unwrap(), ["+disk-0 rw", "?disk-1", "-disk-0"]);
+    }
+}

@@ -102,7 +102,7 @@ impl RootDisk {
     ///
     /// # Errors
     /// `MountRootfs` if it cannot be opened, or another VM has it.
-    pub(super) fn of(mounts: &[Mount]) -> Result<Option<Self>, Error> {
+    pub(crate) fn of(mounts: &[Mount]) -> Result<Option<Self>, Error> {
         let [mount] = mounts else {
             return Ok(None);
         };
