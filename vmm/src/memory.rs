@@ -64,8 +64,8 @@ pub(crate) fn allocate(size_mib: u32, max_mib: u32) -> Result<GuestMemoryMmap, E
     let mut regions = Vec::new();
     for (base, len) in all_ranges(size_mib, max_mib) {
         let mapping = map_aligned(as_len(len)).map_err(failed)?;
-        // SAFETY: the range is this mapping, and the advice changes nothing of what it holds.
         let advised =
+            // SAFETY: the range is this mapping, and the advice changes nothing of what it holds.
             unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_HUGEPAGE) };
         if advised != 0 {
             log::debug!(
@@ -86,8 +86,8 @@ pub(crate) fn allocate(size_mib: u32, max_mib: u32) -> Result<GuestMemoryMmap, E
 fn map_aligned(len: usize) -> io::Result<MmapRegion> {
     let reserved_len = len + 2 * LARGE_PAGE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a new mapping, at a place where nothing is.
     let reserved =
+        // SAFETY: a new mapping, at a place where nothing is.
         unsafe { libc::mmap(ptr::null_mut(), reserved_len, libc::PROT_NONE, flags, -1, 0) };
     if reserved == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());

@@ -553,10 +553,11 @@ impl<'m> Readable<'m> {
     /// # Errors
     /// As writev(2), but for EINTR. Nothing is consumed then.
     pub fn write_to(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        // SAFETY: the iovecs point to mapped guest memory that outlives the call; the kernel only reads it, and knows
-        // no aliasing rules.
-        self.0
-            .transfer(|iovecs, count| unsafe { libc::writev(fd.as_raw_fd(), iovecs, count) })
+        self.0.transfer(|iovecs, count| {
+            // SAFETY: the iovecs point to mapped guest memory that outlives the call; the kernel only reads it, and
+            // knows no aliasing rules.
+            unsafe { libc::writev(fd.as_raw_fd(), iovecs, count) }
+        })
     }
 
     /// Sends to a stream socket as much as it takes at once, without SIGPIPE.
