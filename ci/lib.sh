@@ -311,12 +311,14 @@ unpack_packages() {
     shift 2
     apt_refresh "$release"
     say "fetching $* from Debian ($release)"
-    local debs
+    local debs deb
     debs=$(mktemp -d)
-    (cd "$debs" && apt_for "$release" apt-get -qq download "$@") >&2
-    local deb
-    for deb in "$debs"/*.deb; do
-        dpkg -x "$deb" "$dir"
-    done
-    rm -rf "$debs"
+    # A shell of its own, so that the packages go however it ends.
+    (
+        trap 'rm -rf "$debs"' EXIT
+        (cd "$debs" && apt_for "$release" apt-get -qq download "$@") >&2
+        for deb in "$debs"/*.deb; do
+            dpkg -x "$deb" "$dir"
+        done
+    )
 }
