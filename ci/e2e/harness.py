@@ -18,6 +18,7 @@ import shlex
 import signal
 import struct
 import subprocess
+import sys
 import tempfile
 import termios
 import time
@@ -51,10 +52,10 @@ def runtime_version():
 
 @dataclasses.dataclass
 class Result:
-    """One finished command."""
+    """One finished command; without a status, one that hung."""
 
     argv: list
-    code: int
+    code: int | None
     stdout: bytes
     stderr: bytes
     seconds: float
@@ -70,9 +71,12 @@ class Result:
         return self.stderr.decode(errors="replace").rstrip("\n")
 
     def __str__(self):
+        # What hangs has been made to say why.
+        limit = 4000 if self.code is not None else 100_000
+
         def shown(name, data):
-            text = data[:4000].decode(errors="replace").rstrip("\n")
-            more = f"\n    ... ({len(data)} bytes)" if len(data) > 4000 else ""
+            text = data[:limit].decode(errors="replace").rstrip("\n")
+            more = f"\n    ... ({len(data)} bytes)" if len(data) > limit else ""
             return "".join(f"\n    {name}| {line}" for line in text.splitlines()) + more
 
         return (f"$ {shlex.join(self.argv)}\n    -> {self.code} after {self.seconds:.1f} s"
@@ -161,7 +165,7 @@ class Events:
 
         def subscribed():
             for verb in (["create", IMAGE, probe], ["rm", probe]):
-                subprocess.run(["ctr", "c", *verb], check=True, capture_output=True)
+                case.ctr("c", *verb, code=0)
             return any(probe in line for line in self.lines())
 
         wait_until(subscribed, "ctr events to report")
@@ -249,19 +253,50 @@ def enable_blockfile():
     start_containerd()
 
 
-def workers():
-    """What every thread of the VMs' workers waits for, for the report of a hang."""
+def hanging():
+    """What every thread of ctr, the shims and the VMs' workers waits for, for the report of a hang."""
     found = []
-    for pid, line in processes().items():
-        if "vmm-worker" not in line:
-            continue
-        for task in sorted(os.listdir(f"/proc/{pid}/task")):
-            words = []
-            for name in ("comm", "wchan", "syscall", "schedstat"):
-                with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/{name}", encoding="ascii") as file:
-                    words.append(file.read().strip())
-            found.append(f"worker {pid}, thread {task}: {' | '.join(words)}")
-    return "\n".join(found)
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            # A worker runs the shim's. Other than this, the command line waits for the process's memory.
+            name = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+            if name != "ctr" and not name.startswith("containerd-shim-"):
+                continue
+            for task in sorted(os.listdir(f"/proc/{pid}/task"), key=int):
+                found.append(f"{name} {pid}, thread {task}: {thread(pid, task)}")
+    return found
+
+
+def thread(pid, task):
+    """A thread: its name, what it waits for, and by which functions of the kernel it came there."""
+    words = []
+    for name in ("comm", "wchan", "syscall", "schedstat", "stack"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/{name}", encoding="utf-8", errors="replace") as file:
+            words.append(" < ".join(re.sub(r"^\[<0>\] ", "", line.strip()) for line in file))
+    return " | ".join(words)
+
+
+def explain_hang():
+    """What `hanging` finds. By another process, because what hangs may hang who looks at it, too."""
+    script = "import harness; print(*harness.hanging(), sep='\\n')"
+    try:
+        found = subprocess.run([sys.executable, "-B", "-c", script], cwd=os.path.dirname(__file__), timeout=20,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return b"looking at the processes hangs as well\n"
+    return found.stdout
+
+
+def ends(process, timeout):
+    """Waits for the end of a child, and for nothing else: whether it came in time."""
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        ended, _, _ = select.select([pidfd], [], [], timeout)
+    finally:
+        os.close(pidfd)
+    if ended:
+        process.wait()
+    return bool(ended)
 
 
 def children(pid):
@@ -333,12 +368,22 @@ def remove_fifos_of_ctr(process):
             os.rmdir(os.path.dirname(fifo))
 
 
-def available_mib():
-    """Memory that is free for use, caches given back."""
+def kept_kib():
+    """Memory that is neither free, nor of a process, nor given back when somebody needs it, by what it is for: the kernel's own,
+    that of virtual machines included, and files in memory. What `traces` sees does not count: processes, and the daemon's log."""
     with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
         file.write("3\n")
     with open("/proc/meminfo", encoding="ascii") as file:
-        return int(re.search(r"MemAvailable:\s+(\d+)", file.read())[1]) // 1024
+        kib = {name: int(number) for name, number in re.findall(r"(?m)^(\w+): +(\d+)", file.read())}
+    # Each processor has a stock of free pages, of tens of MiB, that counts neither as free nor as used.
+    with open("/proc/zoneinfo", encoding="ascii") as file:
+        stocks = sum(map(int, re.findall(r"(?m)^ +count: +(\d+)", file.read()))) * os.sysconf("SC_PAGESIZE") // 1024
+    kept = {name: kib[name] for name in ("Shmem", "SUnreclaim", "KernelStack", "PageTables", "Percpu")}
+    used = kib["MemTotal"] - kib["MemFree"] - stocks
+    # Shmem is among what is cached.
+    kept["others"] = used - kib["Cached"] - kib["Buffers"] - kib["SReclaimable"] - kib["AnonPages"] - (sum(kept.values()) - kept["Shmem"])
+    kept["Shmem"] -= os.path.getsize(CONTAINERD_LOG) // 1024
+    return kept
 
 
 class Task:
@@ -428,24 +473,35 @@ class Case(unittest.TestCase):
         """Runs a command. `stdin`: bytes, or an open file; `code`: the status that is asked for."""
         argv = list(map(str, args))
         started = time.monotonic()
-        source = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
-        # A session of its own, so that a hang ends with all that it started.
-        process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE if "input" in source else stdin,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        try:
-            out, err = process.communicate(source.get("input"), timeout=timeout)
-        except subprocess.TimeoutExpired:
-            waiting = workers()
-            os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
-            err += waiting.encode()
-            self.record(Result(argv, -1, out, err, time.monotonic() - started))
+        # Files, because the end of a pipe comes only when the last of those who have it is gone, whoever that is.
+        with contextlib.ExitStack() as stack:
+            out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            if isinstance(stdin, bytes):
+                given, stdin = stdin, stack.enter_context(tempfile.TemporaryFile())
+                stdin.write(given)
+                stdin.seek(0)
+            # A session of its own, so that a hang ends with all that it started.
+            process = subprocess.Popen(argv, stdin=stdin, stdout=out, stderr=err, start_new_session=True)
+            status = process.returncode if ends(process, timeout) else self.stop_hanging(process, err)
+            said = [os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0) for file in (out, err)]
+        result = self.record(Result(argv, status, *said, time.monotonic() - started))
+        if status is None:
             self.fail(f"{shlex.join(argv)} was not over after {timeout} s")
-        result = self.record(Result(argv, process.returncode, out, err, time.monotonic() - started))
         if code is not None:
             self.assertEqual(result.code, code, f"exit status of {shlex.join(argv)}; {result.err}")
         return result
+
+    @staticmethod
+    def stop_hanging(process, err):
+        """Writes what a command that hangs waits for to its standard error, and kills it."""
+        os.write(err.fileno(), explain_hang())
+        # Programs in Go say by this what each of their goroutines does.
+        for kill in signal.SIGQUIT, signal.SIGKILL:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, kill)
+            # One that the kernel does not let go of stays.
+            if process.returncode is None:
+                ends(process, 5)
 
     def remove(self, name):
         """Whatever it takes to be rid of a container, so that the next test finds a clean machine."""
