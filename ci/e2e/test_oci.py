@@ -191,6 +191,31 @@ class UserNamespace(Capabilities):
                 self.assertIn("user 70000 is not in the container's user namespace", result.err)
 
 
+class Process(Case):
+    def test_names_clocks_and_priorities(self):
+        if self.runtime == "runc":
+            self.skipTest("Debian's is older than most of these")
+        if runtime_version() < (1, 7):
+            self.skipTest("this ctr leaves out of a specification what it does not know")
+        day = 24 * 60 * 60
+
+        def edit(spec):
+            spec.update(hostname="pear", domainname="orchard")
+            spec["process"]["scheduler"] = {"policy": "SCHED_BATCH", "nice": 5}
+            spec["process"]["ioPriority"] = {"class": "IOPRIO_CLASS_BE", "priority": 6}
+            spec["linux"]["personality"] = {"domain": "LINUX32"}
+            spec["linux"]["namespaces"].append({"type": "time"})
+            spec["linux"]["timeOffsets"] = {"boottime": {"secs": 10 * day}, "monotonic": {"secs": day}}
+
+        # Of /proc/PID/stat, the 19th is how nice it is, and the 41st the policy: 3 is SCHED_BATCH.
+        look = ("hostname; cat /proc/sys/kernel/domainname; uname -m; awk '{print $19, $41}' /proc/self/stat; ionice; "
+                "cut -d. -f1 /proc/uptime; awk '{print $1, $2}' /proc/self/timens_offsets")
+        host, domain, machine, scheduled, priority, uptime, *offsets = self.run_spec(edit, "sh", "-ec", look, code=0).out.splitlines()
+        self.assertEqual((host, domain, machine, scheduled, priority), ("pear", "orchard", "i686", "5 3", "best-effort: prio 6"))
+        self.assertEqual(offsets, [f"monotonic {day}", f"boottime {10 * day}"])
+        self.assertIn(int(uptime), range(10 * day, 11 * day))
+
+
 class Mounts(Case):
     def propagation(self, options, rootfs=None):
         """What the kernel says of a tmpfs with these options, and of the root."""
