@@ -258,7 +258,7 @@ def hanging():
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            # A worker runs the shim's. Other than this, the command line waits for the process's memory.
+            # A worker runs the shim's program. The command line, unlike this, may wait for the process's memory.
             name = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
             if name != "ctr" and not name.startswith("containerd-shim-"):
                 continue

@@ -131,6 +131,24 @@ class Options(Case):
         self.assertTrue(int(status_field(out, "CapEff"), 16) >> CAP_SYS_ADMIN & 1)
         self.assertEqual(status_field(out, "Seccomp"), "0")
 
+    def test_privileged_has_the_devices_of_its_machine(self):
+        listing = "stat -c '%n|%F|%t:%T' *"
+        out = self.output_of("sh", "-ec", f"cd /dev; {listing}; echo; mkdir /mnt; mount -t devtmpfs none /mnt; cd /mnt; {listing}; "
+                             "mknod /tmp/kmsg c 1 11; head -c 1 /tmp/kmsg >/dev/null", options=["--privileged"])
+
+        def devices(text):
+            found = (line.split("|") for line in text.splitlines())
+            # Every container has these two of its own.
+            return {name: (kind, numbers) for name, kind, numbers in found if "special" in kind and name not in ("console", "ptmx")}
+
+        container, machine = map(devices, out.split("\n\n"))
+        # Those that containerd sees, but as the container's machine has them: what that lacks is left out.
+        listed = os.listdir("/dev")
+        self.assertEqual(container, {name: what for name, what in machine.items() if name in listed})
+        self.assertIn("fuse", container)
+        self.assertIn("kvm", listed)
+        self.assertEqual("kvm" in container, self.runtime == "runc")
+
     def test_device(self):
         out = self.output_of("sh", "-c", "test -c /dev/fuse && : 3<>/dev/fuse && echo opened", options=["--device", "/dev/fuse"])
         self.assertEqual(out, "opened")

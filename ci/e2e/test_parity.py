@@ -221,12 +221,18 @@ class Parity(Case):
         self.compare(script)
 
     def test_metrics_have_the_same_fields(self):
-        found = []
+        found, tables = [], []
         for runtime in "runc", self.runtime:
             task = self.start(runtime=runtime, options=["--memory-limit", str(128 << 20)])
-            found.append(shape(json.loads(task.ctr("metrics", "--format", "json", code=0).out)))
-        for part in "pids", "cpu", "memory":
-            self.assertLessEqual(set(found[0][part]), set(found[1][part]) | OPTIONAL, part)
+            found.append(json.loads(task.ctr("metrics", "--format", "json", code=0).out))
+            rows = [line.split() for line in task.ctr("metrics", code=0).out.splitlines()]
+            self.assertEqual(rows[1][0], task.name)
+            tables.append((rows[0], [row[:1] for row in rows[2:]]))
+        self.assertLessEqual(found[0].keys(), found[1].keys() | OF_OTHER_HARDWARE)
+        for part in "pids", "cpu", "memory", "io":
+            self.assertLessEqual(set(shape(found[0][part])), set(shape(found[1][part])) | OPTIONAL, part)
+        self.assertIn(["memory.usage"], tables[0][1])
+        self.assertEqual(tables[1], tables[0])
 
     def test_metrics_have_the_same_meaning(self):
         def script(runtime, note):
@@ -247,6 +253,10 @@ class Parity(Case):
             spent = after["cpu"]["usage_usec"] - before["cpu"]["usage_usec"]
             parts = sum(after["cpu"][part] - before["cpu"][part] for part in ("user_usec", "system_usec"))
             note("processor time grows by the sum of its parts", str(spent > 0 and abs(spent - parts) <= 2))
+            note("too much", task.exec("dd", "if=/dev/zero", "of=/dev/null", "bs=100M", "count=1"))
+            events = metrics()["memory_events"]
+            # How often it came to the limit is the kernel's affair.
+            note("events", f"{sorted(events)} {events['oom']} {events['oom_kill']}")
         self.compare(script)
 
     def test_what_a_container_sees(self):
@@ -276,3 +286,6 @@ class Parity(Case):
 # none that is zero.
 OPTIONAL = {"thp_fault_alloc", "active_anon", "inactive_anon", "pgactivate",
             "psi", "zswap", "zswapped", "swap_max_usage", "max_usage", "workingset_restore", "swap_limit", "swap_usage"}
+
+# What the guest has none of: InfiniBand, and large pages of the host's sizes.
+OF_OTHER_HARDWARE = {"rdma", "hugetlb"}
