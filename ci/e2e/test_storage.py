@@ -72,3 +72,41 @@ class Storage(Case):
             self.assertIn("No such file", task.exec(use, "/share/new", code=1).err)
         # What is open stays.
         self.assertEqual(task.exec("cat", "/proc/1/fd/0", code=0).out, "still there")
+
+    def write(self, content):
+        with open(f"{self.share}/file", "w", encoding="ascii") as file:
+            file.write(content)
+
+    def shell_with(self, *keys):
+        """A shell in a container with the folder, for whose VM these keys of the table [storage] hold."""
+        if self.runtime != "husk":
+            self.skipTest("runc has no cache of its own")
+        path = os.path.join(self.folder, "husk.toml")
+        with open(path, "w", encoding="ascii") as file:
+            file.write("\n".join(["[storage]", *keys, ""]))
+        shell = self.terminal_container("sh", options=[*self.mount(), "--runtime-config-path", path])
+        shell.expect("# ")
+        return shell
+
+    def test_nothing_is_cached(self):
+        self.write("first")
+        shell = self.shell_with('cache = "none"')
+        for content in ("first", "other", "third"):
+            self.write(content)
+            # At once, and with the length that it had: by default the guest relies on what it knows for a second.
+            shell.type("cat /share/file\n")
+            shell.expect(rf"/file\s+{content}")
+
+    def test_all_is_cached(self):
+        self.write("first")
+        shell = self.shell_with('cache = "always"', "writeback = true")
+        shell.type("cat /share/file\n")
+        shell.expect(r"/file\s+first")
+        self.write("other")
+        # By then the default would have looked.
+        shell.type("sleep 1.5; cat /share/file\n")
+        shell.expect(r"/file\s+first")
+        shell.type("for n in 1 2 3; do echo $n; done >>/share/new; sync; echo writ''ten\n")
+        shell.expect("written")
+        with open(f"{self.share}/new", encoding="ascii") as file:
+            self.assertEqual(file.read(), "1\n2\n3\n")
