@@ -5,8 +5,9 @@ import subprocess
 
 from harness import IMAGE, RUNTIMES, Case, kept_kib, wait_until
 
-# Twenty containers that follow some others have been seen to leave less than 1 MiB, of caches of the kernel that still grew.
-MOST_KIB = 4 << 10
+# Twenty containers that follow some others have been seen to leave less than 1 MiB, of caches of the kernel that still grew; one VM
+# that stays leaves some 70.
+MOST_KIB = 8 << 10
 
 
 class Leaks(Case):
