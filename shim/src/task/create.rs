@@ -188,11 +188,11 @@ impl Sandbox {
         .await?;
 
         let init = Process::new(String::new(), request.stdio, tty_size);
-        let disks = Disks::plug(&vm, disks).await?;
         let guest = serde_json::to_vec(&divided.guest).map_err(|source| Error::InvalidRequest {
             what: "OCI configuration",
             source: source.into(),
         })?;
+        let disks = Disks::plug(&vm, disks).await?;
         let created = connect(ends, &vm, &init, async |stdio| {
             let request = CreateContainerRequest {
                 container_id: request.id.clone(),
