@@ -3,7 +3,7 @@
 import contextlib
 import subprocess
 
-from harness import IMAGE, RUNTIMES, Case, kept_kib, wait_until
+from harness import IMAGE, RUNTIMES, TIMEOUT_S, Case, kept_kib, wait_until
 
 # Twenty containers that follow some others have been seen to leave less than 1 MiB, of caches of the kernel that still grew; one VM
 # that stays leaves some 70.
@@ -42,7 +42,7 @@ class Leaks(Case):
             running = [subprocess.Popen(["ctr", "run", "--rm", "--runtime", RUNTIMES[self.runtime], IMAGE, name, "sh", "-c", f"echo {name}; exit {n}"],
                                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                        for n, name in enumerate(names)]
-            answers = [(*process.communicate(), process.returncode) for process in running]
+            answers = [(*process.communicate(timeout=TIMEOUT_S), process.returncode) for process in running]
             self.assertEqual(answers, [(f"{name}\n", "", n) for n, name in enumerate(names)])
 
     def test_a_detached_life_leaves_nothing(self):

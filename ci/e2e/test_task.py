@@ -6,7 +6,7 @@ import re
 import subprocess
 
 import api
-from harness import IMAGE, RUNTIMES, Case, Events, Task, wait_until
+from harness import IMAGE, RUNTIMES, TIMEOUT_S, Case, Events, Task, wait_until
 
 
 class TaskTest(Case):
@@ -103,7 +103,7 @@ class TaskTest(Case):
             subprocess.Popen(["ctr", "task", "exec", "--exec-id", f"p{n}", task.name, "sh", "-c", f"echo {n}; exit {n}"],
                              stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
             for n in range(8)]
-        answers = [(process.communicate()[0], process.returncode) for process in running]
+        answers = [(process.communicate(timeout=TIMEOUT_S)[0], process.returncode) for process in running]
         self.assertEqual(answers, [(f"{n}\n".encode(), n) for n in range(8)])
 
     def test_attach_to_a_detached_container(self):

@@ -13,6 +13,7 @@ use std::time::Duration;
 use husk_protocol::{DISK_MOUNTS, agent};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::unistd::syncfs;
 use tokio::sync::watch;
 
 use crate::devices::{self, Node};
@@ -21,8 +22,8 @@ use crate::error::{During, Error, Result};
 /// A folder for each disk that the kernel knows.
 const DISKS: &str = "/sys/block";
 
-/// How long a disk may take to appear.
-const APPEARANCE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a disk may take to appear, on a host that is busy or emulated, too.
+const APPEARANCE_LIMIT: Duration = Duration::from_secs(60);
 
 /// What mount(2) takes as a flag, by the option's name of mount(8). The rest is the file system's.
 const FLAGS: [(&str, MsFlags); 12] = [
@@ -66,8 +67,11 @@ impl Disks {
         let mut news = self.appeared.subscribe();
         let found = async {
             loop {
-                if let Some(name) =
-                    with_serial(Path::new(DISKS), serial).during("looking for the guest's disks")?
+                // Each disk is asked, and may take its time.
+                let wanted = serial.to_owned();
+                if let Some(name) = blocking(move || with_serial(Path::new(DISKS), &wanted))
+                    .await
+                    .during("looking for the guest's disks")?
                 {
                     return Ok(Path::new("/dev").join(name));
                 }
@@ -119,6 +123,11 @@ pub(crate) async fn unmount_root(id: &str) {
             Ok(()) | Err(Errno::EINVAL) => {}
             Err(error) => {
                 tracing::warn!(%error, point = %point.display(), "a disk is not closed by its file system");
+                // What was written is to be there nevertheless.
+                let synced = fs::File::open(&point).and_then(|root| Ok(syncfs(&root)?));
+                if let Err(error) = synced {
+                    tracing::warn!(%error, point = %point.display(), "a disk may lack what was written last");
+                }
             }
         }
         let unmounted = match umount2(&point, MntFlags::MNT_DETACH) {
@@ -203,7 +212,7 @@ mod tests {
         let error = Disks::default().node("none").await.unwrap_err();
         assert_eq!(
             error.to_string(),
-            "the guest has got no disk none within 10 s"
+            "the guest has got no disk none within 60 s"
         );
     }
 

@@ -128,7 +128,7 @@ mod tests {
             (root.serial.as_str(), root.fstype.as_str()),
             ("disk-0", "ext4")
         );
-        assert_eq!(root.options, ["noatime"]);
+        assert_eq!(root.options, ["noatime", "rw"]);
         let device = &disks.devices[0];
         assert_eq!(
             (device.serial.as_str(), device.path.as_str()),

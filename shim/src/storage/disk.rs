@@ -142,11 +142,14 @@ impl RootDisk {
             device: mount.source.clone(),
             source: source.into(),
         })?;
-        let options = mount.options.iter().filter(|option| !is_loop(option));
+        // A disk that cannot be written to is not mounted without saying so.
+        let rights = if read_only { "ro" } else { "rw" };
+        let options = mount.options.iter().map(String::as_str);
+        let options = options.filter(|option| !is_loop(option) && !["ro", "rw"].contains(option));
         Ok(Some(Self {
             disk: Disk { file, read_only },
             fstype: mount.type_.clone(),
-            options: options.cloned().collect(),
+            options: options.chain([rights]).map(str::to_owned).collect(),
         }))
     }
 }
@@ -227,7 +230,7 @@ mod tests {
         let image = image();
         let root = of(&mount("ext4", image.path(), &["loop", "rw", "noatime"])).unwrap();
         assert_eq!((root.fstype.as_str(), root.disk.read_only), ("ext4", false));
-        assert_eq!(root.options, ["rw", "noatime"]);
+        assert_eq!(root.options, ["noatime", "rw"]);
     }
 
     #[test]
@@ -237,7 +240,9 @@ mod tests {
             mount("ext4", image.path(), &["loop", "ro"]),
             mount("erofs", image.path(), &[]),
         ] {
-            assert!(of(&mount).unwrap().disk.read_only, "{mount:?}");
+            let root = of(&mount).unwrap();
+            assert!(root.disk.read_only, "{mount:?}");
+            assert_eq!(root.options, ["ro"]);
         }
     }
 
