@@ -1,24 +1,15 @@
 """containerd's task service itself, for what `ctr` does not ask for and for the codes of its answers.
 
-Its gRPC is spoken by curl: one call is one HTTP/2 request, whose message is preceded by five bytes, and whose status is a
-trailer. The few messages that are sent are put together here, by their fields' numbers in containerd's
+The few messages that are sent are put together here, by their fields' numbers in containerd's
 `api/services/tasks/v1/tasks.proto`.
 """
 
 import dataclasses
 import json
-import os
-import re
-import subprocess
-import tempfile
-import urllib.parse
+
+import grpc
 
 SOCKET = "/run/containerd/containerd.sock"
-
-# google.rpc.Code
-CODES = ["OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
-         "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
-         "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED"]
 
 
 @dataclasses.dataclass
@@ -90,18 +81,14 @@ def mount(kind, source, *options):
 
 def call(method, container, values=None):
     """Calls the task service; `values` are the fields after the first, which always is the container's id."""
-    body = message({1: container, **(values or {})})
-    with tempfile.TemporaryDirectory() as folder:
-        headers = os.path.join(folder, "headers")
-        subprocess.run(
-            ["curl", "--silent", "--show-error", "--http2-prior-knowledge", "--unix-socket", SOCKET, "--max-time", "150",
-             "--header", "content-type: application/grpc", "--header", "te: trailers", "--header", "containerd-namespace: default",
-             "--data-binary", "@-", "--dump-header", headers, "--output", os.path.join(folder, "body"),
-             f"http://localhost/containerd.services.tasks.v1.Tasks/{method}"],
-            input=b"\0" + len(body).to_bytes(4, "big") + body, check=True)
-        with open(headers, encoding="ascii") as file:
-            said = dict(re.findall(r"(?mi)^(grpc-\w+): *(.*?)\r?$", file.read()))
-    return Answer(method, CODES[int(said["grpc-status"])], urllib.parse.unquote(said.get("grpc-message", "")))
+    # A channel for each call: the daemon may be another by now.
+    with grpc.insecure_channel(f"unix:{SOCKET}") as channel:
+        ask = channel.unary_unary(f"/containerd.services.tasks.v1.Tasks/{method}")
+        try:
+            ask(message({1: container, **(values or {})}), timeout=150, metadata=[("containerd-namespace", "default")])
+        except grpc.RpcError as error:
+            return Answer(method, error.code().name, error.details())
+    return Answer(method, "OK", "")
 
 
 def create(container, rootfs):

@@ -7,6 +7,7 @@ that a failure prints all that was done and answered, and what containerd and th
 
 import contextlib
 import dataclasses
+import functools
 import fcntl
 import glob
 import json
@@ -48,6 +49,22 @@ def runtime_version():
     server = out[out.index("Server:"):]
     major, minor = re.search(r"Version:\s+v?(\d+)\.(\d+)", server).groups()
     return int(major), int(minor)
+
+
+# How the reasons begin for which husk's tests may be skipped.
+TOO_OLD = "containerd before "
+
+
+def since(major, minor, why):
+    """A test that older containerds cannot have, which is for `why`."""
+    def decorate(test):
+        @functools.wraps(test)
+        def run(self):
+            if runtime_version() < (major, minor):
+                self.skipTest(f"{TOO_OLD}{major}.{minor} {why}")
+            test(self)
+        return run
+    return decorate
 
 
 @dataclasses.dataclass

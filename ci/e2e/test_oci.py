@@ -7,7 +7,7 @@ import subprocess
 
 import api
 from cri import PodCase
-from harness import RUNTIMES, Case, Task, runtime_version, start_containerd, stop_containerd, wait_until
+from harness import RUNTIMES, Case, Task, since, start_containerd, stop_containerd, wait_until
 
 # Where containerd keeps the layers of images, and files of the pods.
 DATA = "/var/lib/containerd"
@@ -192,11 +192,10 @@ class UserNamespace(Capabilities):
 
 
 class Process(Case):
+    @since(1, 7, "leaves out of a specification what it does not know")
     def test_names_clocks_and_priorities(self):
         if self.runtime == "runc":
             self.skipTest("Debian's is older than most of these")
-        if runtime_version() < (1, 7):
-            self.skipTest("this ctr leaves out of a specification what it does not know")
         day = 24 * 60 * 60
 
         def edit(spec):
@@ -360,10 +359,9 @@ class PodSecurity(PodCase):
 
 
 class PodUserNamespace(PodCase):
+    @since(2, 0, "makes no user namespaces of pods")
     def setUp(self):
         super().setUp()
-        if runtime_version() < (2, 0):
-            self.skipTest("this containerd makes no user namespaces of pods")
         if self.runtime == "runc":
             self.skipTest("Debian's runc makes no user namespaces of pods")
         # containerd has these shown with the pod's owners. Until the test is over, they are where that can be.

@@ -4,7 +4,7 @@ import json
 import os
 import stat
 
-from harness import Case, Events, wait_until, runtime_version
+from harness import Case, Events, since, wait_until
 
 # linux/capability.h
 CAP_CHOWN, CAP_SYS_ADMIN = 0, 21
@@ -29,9 +29,8 @@ class Options(Case):
     def test_cwd_that_is_not_there_is_made(self):
         self.assertEqual(self.output_of("pwd", options=["--cwd", "/new/folder"]), "/new/folder")
 
+    @since(1, 7, "has a ctr without --user and --hostname; spec.user_and_hostname has the same by specification")
     def test_user_and_hostname(self):
-        if runtime_version() < (1, 7):
-            self.skipTest("this ctr has no --user and no --hostname; spec.user_and_hostname has the same by specification")
         out = self.output_of("sh", "-c", "id; hostname", options=["--user", "alice", "--hostname", "pear"])
         self.assertEqual(out.splitlines(), ["uid=1000(alice) gid=1000(alice) groups=29(audio),44(video),1000(alice)", "pear"])
 

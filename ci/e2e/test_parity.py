@@ -54,7 +54,8 @@ class Parity(Case):
             task = self.start("sh", "-c", "trap 'exit 33' TERM; echo up; while :; do sleep 0.2; done", runtime=runtime)
             note("status", task.row[1])
             wait_until(lambda: len(task.ctr("ps").out.splitlines()) > 2, "the loop to run")
-            note("header", task.ctr("ls").out.splitlines()[0])
+            # The columns are as wide as the pids are long.
+            note("header", str(task.ctr("ls").out.splitlines()[0].split()))
             note("exec", task.exec("sh", "-c", "id; pwd; env | sort; echo err >&2; exit 5"))
             note("exec as alice", task.exec("sh", "-c", "id; pwd; echo $HOME", options=["--user", "alice", "--cwd", "/tmp"]))
             note("exec without program", task.exec("/no/such/program"))
@@ -262,16 +263,7 @@ class Parity(Case):
     def test_what_a_container_sees(self):
         # Left out here is what differs for a reason: docs/src/getting-started.md, "What differs from runc".
         def script(runtime, note):
-            note("environment", self.run_container("sh", "-c", "env | sort", runtime=runtime))
-            note("identity", self.run_container("sh", "-c", "id; pwd; umask; echo $$", runtime=runtime))
-            note("limits", self.run_container("sh", "-c", "ulimit -a | grep -vE 'pending|processes'", runtime=runtime))
-            note("status", self.run_container("sh", "-c", "grep -E '^(Cap|NoNew|Seccomp:|Groups)' /proc/self/status", runtime=runtime))
-            note("devices", self.run_container("sh", "-c", "rm -f /dev/core; cd /dev; find . | sort; stat -c '%n %F %a %u %g' *", runtime=runtime))
-            note("mounts", self.run_container("sh", "-c", "awk '$2 != \"/\" {print $2, $3, substr($4, 1, 2)}' /proc/self/mounts | grep -v -e resolv -e sysrq-trigger -e kcore",
-                                              runtime=runtime))
-            note("files", self.run_container("sh", "-c", "ls -la / /etc /tmp | awk '{print $1, $3, $4, $NF}' | grep -v -e ' [.]*$' -e total", runtime=runtime))
-            note("streams", self.run_container("sh", "-c", "for n in 0 1 2; do test -p /dev/fd/$n && echo pipe; done; ls /proc/self/fd | wc -l",
-                                               runtime=runtime))
+            note("looks", self.run_container("sh", "-c", LOOKS, runtime=runtime))
         self.compare(script)
 
     def test_ends_of_a_container(self):
@@ -281,6 +273,17 @@ class Parity(Case):
                 note(" ".join(command), self.run_container(*command, runtime=runtime))
         self.compare(script)
 
+
+LOOKS = r"""
+env | sort
+id; pwd; umask; echo $$
+ulimit -a | grep -vE 'pending|processes'
+grep -E '^(Cap|NoNew|Seccomp:|Groups)' /proc/self/status
+awk '$2 != "/" {print $2, $3, substr($4, 1, 2)}' /proc/self/mounts | grep -v -e resolv -e sysrq-trigger -e kcore
+ls -la / /etc /tmp | awk '{print $1, $3, $4, $NF}' | grep -v -e ' [.]*$' -e total
+for n in 0 1 2; do test -p /dev/fd/$n && echo pipe; done; ls /proc/self/fd | wc -l
+cd /dev; rm -f core; find . | sort; stat -c '%n %F %a %u %g' *
+"""
 
 # Counters that depend on how the kernel was configured, or on what it happened to do, rather than on the runtime: ctr prints
 # none that is zero.

@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 
 import api
-from harness import Case, enable_blockfile, runtime_version
+from harness import Case, enable_blockfile, since
 
 
 def flushes(device):
@@ -65,9 +65,8 @@ class Rootfs(Case):
         with self.mounted(device) as folder, open(f"{folder}/mark", encoding="ascii") as file:
             self.assertEqual(file.read(), "written\n")
 
+    @since(1, 7, "has no snapshotter that makes image files")
     def test_an_image_file_of_a_snapshotter(self):
-        if runtime_version() < (1, 7):
-            self.skipTest("containerd 1.6 has no snapshotter that makes image files")
         enable_blockfile()
         # In the VM of the first one, which goes on.
         options = ["--snapshotter", "blockfile", "--annotation", "io.kubernetes.cri.sandbox-id=image"]
