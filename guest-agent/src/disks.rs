@@ -11,9 +11,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_protocol::{DISK_MOUNTS, agent};
+use libcontainer::rootfs::utils::parse_mount;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::syncfs;
+use oci_spec::runtime::Mount;
 use tokio::sync::watch;
 
 use crate::devices::{self, Node};
@@ -24,25 +26,6 @@ const DISKS: &str = "/sys/block";
 
 /// How long a disk may take to appear, on a host that is busy or emulated, too.
 const APPEARANCE_LIMIT: Duration = Duration::from_secs(60);
-
-/// What mount(2) takes as a flag, by the option's name of mount(8). The rest is the file system's.
-const FLAGS: [(&str, MsFlags); 12] = [
-    ("ro", MsFlags::MS_RDONLY),
-    ("nosuid", MsFlags::MS_NOSUID),
-    ("nodev", MsFlags::MS_NODEV),
-    ("noexec", MsFlags::MS_NOEXEC),
-    ("noatime", MsFlags::MS_NOATIME),
-    ("nodiratime", MsFlags::MS_NODIRATIME),
-    ("relatime", MsFlags::MS_RELATIME),
-    ("strictatime", MsFlags::MS_STRICTATIME),
-    ("lazytime", MsFlags::MS_LAZYTIME),
-    ("sync", MsFlags::MS_SYNCHRONOUS),
-    ("dirsync", MsFlags::MS_DIRSYNC),
-    ("silent", MsFlags::MS_SILENT),
-];
-
-/// Options that say what is so without them.
-const DEFAULTS: [&str; 7] = ["defaults", "rw", "suid", "dev", "exec", "async", "atime"];
 
 /// The guest's disks.
 #[derive(Debug, Default)]
@@ -87,7 +70,7 @@ impl Disks {
     /// Mounts the root file system of container `id`.
     pub(crate) async fn mount_root(&self, id: &str, disk: &agent::RootDisk) -> Result<()> {
         let device = self.find(&disk.serial).await?;
-        let (flags, data) = divide(&disk.options);
+        let (flags, data) = divide(&disk.options)?;
         let (point, fstype) = (Path::new(DISK_MOUNTS).join(id), disk.fstype.clone());
         // What the disk holds may have to be recovered first.
         blocking(move || {
@@ -162,18 +145,16 @@ fn with_serial(disks: &Path, serial: &str) -> io::Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// Divides options of mount(8) into those that are flags and those of the file system.
-fn divide(options: &[String]) -> (MsFlags, String) {
-    let mut flags = MsFlags::empty();
-    let mut data = Vec::new();
-    for option in options.iter().map(String::as_str) {
-        match FLAGS.iter().find(|(name, _)| *name == option) {
-            Some((_, flag)) => flags |= *flag,
-            None if DEFAULTS.contains(&option) => {}
-            None => data.push(option),
-        }
-    }
-    (flags, data.join(","))
+/// Divides options of mount(8), of which the last counts where two contradict, into flags and those of the file system.
+fn divide(options: &[String]) -> Result<(MsFlags, String)> {
+    let mut mount = Mount::default();
+    mount.set_options(Some(options.to_vec()));
+    let parsed = parse_mount(&mount)
+        .map_err(io::Error::other)
+        .during("reading the options of the root file system")?;
+    // Of another version of nix.
+    let flags = MsFlags::from_bits_retain(parsed.flags.bits());
+    Ok((flags, parsed.data.join(",")))
 }
 
 fn no_disk(serial: &str) -> Error {
@@ -220,7 +201,7 @@ mod tests {
     fn options_are_flags_or_the_file_systems() {
         let divided = |options: &[&str]| {
             let options: Vec<_> = options.iter().map(|&option| option.to_owned()).collect();
-            divide(&options)
+            divide(&options).unwrap()
         };
         assert_eq!(
             divided(&["rw", "noatime", "errors=remount-ro", "nodev", "discard"]),
@@ -229,7 +210,10 @@ mod tests {
                 "errors=remount-ro,discard".to_owned()
             )
         );
-        assert_eq!(divided(&["ro"]), (MsFlags::MS_RDONLY, String::new()));
+        assert_eq!(
+            divided(&["nodiratime", "rw", "noexec", "exec", "ro"]),
+            (MsFlags::MS_RDONLY | MsFlags::MS_NODIRATIME, String::new())
+        );
     }
 
     #[tokio::test]

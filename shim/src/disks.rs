@@ -1,6 +1,7 @@
 //! The disks that a VM has for one container: plugged in before the agent creates it, taken away after the agent has removed
 //! it.
 
+use futures::future::join_all;
 use husk_protocol::agent::{DiskDevice, RootDisk};
 use log::warn;
 
@@ -50,13 +51,16 @@ impl Disks {
     /// Takes the disks away again. One that the guest does not let go of stays until the VM ends.
     pub(crate) async fn unplug(&self, vm: &Vm) {
         let roots = self.root.iter().map(|root| &root.serial);
-        for serial in roots.chain(self.devices.iter().map(|device| &device.serial)) {
+        let serials = roots.chain(self.devices.iter().map(|device| &device.serial));
+        // All at the same time: a guest that ignores it holds each up as long as it may.
+        join_all(serials.map(|serial| async move {
             match vm.unplug(serial).await {
                 // With the VM its disks are closed.
                 Ok(()) | Err(Error::VmEnded(_)) => {}
                 Err(err) => warn!("the guest keeps {serial}: {}", err.chain()),
             }
-        }
+        }))
+        .await;
     }
 }
 

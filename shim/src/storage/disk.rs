@@ -118,7 +118,9 @@ impl RootDisk {
         let Ok(kind) = source.metadata().map(|metadata| metadata.file_type()) else {
             return Ok(None);
         };
-        let read_only = !can_write || mount.options.iter().any(|option| option == "ro");
+        let mut rights = mount.options.iter().rev();
+        let right = rights.find(|option| ["ro", "rw"].contains(&option.as_str()));
+        let read_only = !can_write || right.is_some_and(|right| right == "ro");
         let opened = if kind.is_block_device() {
             match open_device(source, read_only) {
                 // Mounted already, by somebody whose writes the guest would not see.
@@ -173,9 +175,15 @@ fn open(path: &Path, read_only: bool, flags: i32) -> io::Result<File> {
         .open(path)
 }
 
-/// Opens a device for one VM alone, if it is written to: as long as it is open, nobody can mount it or claim it in another way.
+/// Opens a device that nobody has mounted. If it is written to, it is for one VM alone: as long as it is open, nobody can
+/// mount it or claim it in another way.
 fn open_device(path: &Path, read_only: bool) -> io::Result<File> {
-    open(path, read_only, if read_only { 0 } else { libc::O_EXCL })
+    let claimed = open(path, read_only, libc::O_EXCL)?;
+    if read_only {
+        // Several may read it.
+        return open(path, read_only, 0);
+    }
+    Ok(claimed)
 }
 
 /// Opens an image for one VM alone, if it is written to: as long as it is open, no other VM gets it.
@@ -228,7 +236,12 @@ mod tests {
     #[test]
     fn image_is_a_disk_without_the_loop() {
         let image = image();
-        let root = of(&mount("ext4", image.path(), &["loop", "rw", "noatime"])).unwrap();
+        let root = of(&mount(
+            "ext4",
+            image.path(),
+            &["loop", "ro", "rw", "noatime"],
+        ))
+        .unwrap();
         assert_eq!((root.fstype.as_str(), root.disk.read_only), ("ext4", false));
         assert_eq!(root.options, ["noatime", "rw"]);
     }
@@ -238,6 +251,7 @@ mod tests {
         let image = image();
         for mount in [
             mount("ext4", image.path(), &["loop", "ro"]),
+            mount("ext4", image.path(), &["rw", "ro"]),
             mount("erofs", image.path(), &[]),
         ] {
             let root = of(&mount).unwrap();
