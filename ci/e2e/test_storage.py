@@ -77,14 +77,18 @@ class Storage(Case):
         with open(f"{self.share}/file", "w", encoding="ascii") as file:
             file.write(content)
 
-    def shell_with(self, *keys):
-        """A shell in a container with the folder, for whose VM these keys of the table [storage] hold."""
+    def mount_with(self, *keys):
+        """The options for a container with the folder, for whose VM these keys of the table [storage] hold."""
         if self.runtime != "husk":
             self.skipTest("runc has no cache of its own")
         path = os.path.join(self.folder, "husk.toml")
         with open(path, "w", encoding="ascii") as file:
             file.write("\n".join(["[storage]", *keys, ""]))
-        shell = self.terminal_container("sh", options=[*self.mount(), "--runtime-config-path", path])
+        return [*self.mount(), "--runtime-config-path", path]
+
+    def shell_with(self, *keys):
+        """A shell in a container made with `mount_with`."""
+        shell = self.terminal_container("sh", options=self.mount_with(*keys))
         shell.expect("# ")
         return shell
 
@@ -96,6 +100,57 @@ class Storage(Case):
             # At once, and with the length that it had: by default the guest relies on what it knows for a second.
             shell.type("cat /share/file\n")
             shell.expect(rf"/file\s+{content}")
+
+    def test_window_shows_the_hosts_pages(self):
+        self.write("first" * 3)
+        shell = self.shell_with("dax_mib = 64")
+        shell.type("grep -c 'virtiofs.*dax=always' /proc/mounts\n")
+        shell.expect(r"mounts\s+[1-9]")
+        # Opened once: an open looks whether the file has changed.
+        shell.type("exec 3</share/file; echo op''en\n")
+        shell.expect("open")
+        with open(f"{self.share}/file", "r+b", buffering=0) as file:
+            for index, content in enumerate((b"other", b"third", b"still")):
+                os.pwrite(file.fileno(), content, 5 * index)
+                shell.type("dd bs=5 count=1 <&3 2>/dev/null; echo\n")
+                shell.expect(rf"echo\s+{content.decode()}")
+            shell.type("printf guest | dd of=/share/file conv=notrunc 2>/dev/null; echo writ''ten\n")
+            shell.expect("written")
+            self.assertEqual(os.pread(file.fileno(), 5, 0), b"guest")
+
+    def test_files_by_9p(self):
+        self.write("first")
+        task = self.start(options=self.mount_with('sharing = "9p"'))
+        mounts = task.exec("grep", "-E", "^[^ ]+ (/|/share) ", "/proc/mounts", code=0).out
+        self.assertEqual([line.split()[2] for line in mounts.splitlines()], ["9p", "9p"])
+        self.assertEqual(task.exec("cat", "/share/file", code=0).out, "first")
+        self.write("other")
+        self.assertEqual(task.exec("cat", "/share/file", code=0).out, "other")
+        out = task.exec("sh", "-ec", """
+            cd /share
+            exec 3<>gone; rm gone; echo kept >&3; cat /proc/self/fd/3
+            mkdir folder; mv file folder/moved; ln -s moved folder/link; cat folder/link; echo
+            chown 1:2 folder/moved; chmod 4711 folder/moved; stat -c '%u %g %a' folder/moved
+            mkfifo fifo; stat -c %F fifo
+            dd if=/dev/urandom of=large bs=1M count=8 2>/dev/null; sync; sha256sum large
+            """, code=0).out.splitlines()
+        self.assertEqual(out[:4], ["kept", "other", "1 2 4711", "fifo"])
+        with open(f"{self.share}/large", "rb") as file:
+            self.assertEqual(out[4].split()[0], hashlib.sha256(file.read()).hexdigest())
+        found = os.stat(f"{self.share}/folder/moved")
+        self.assertEqual((found.st_uid, found.st_gid, found.st_mode & 0o7777), (1, 2, 0o4711))
+        self.assertFalse(os.path.exists(f"{self.share}/gone"))
+        path = os.fsencode(self.share)
+        with open(path + b"/" + NAME, "wb"):
+            pass
+        task.exec("sh", "-c", "mv /share/*~ /share/folder", code=0)
+        self.assertIn(NAME, os.listdir(path + b"/folder"))
+        by_alice = task.exec("touch", "/share/alices", options=["--user", "alice"])
+        self.assertIn("Permission denied", by_alice.err)
+        task.exec("chmod", "0777", "/share", code=0)
+        task.exec("touch", "/share/alices", options=["--user", "alice"], code=0)
+        found = os.stat(f"{self.share}/alices")
+        self.assertEqual((found.st_uid, found.st_gid), (1000, 1000))
 
     def test_all_is_cached(self):
         self.write("first")

@@ -95,6 +95,8 @@ pub(crate) struct Creation<'a> {
     /// With the root file system.
     pub(crate) root_disk: Option<&'a agent::RootDisk>,
     pub(crate) disk_devices: &'a [agent::DiskDevice],
+    /// That the host shares.
+    pub(crate) folder: &'a agent::Folder,
     pub(crate) stdio: StdioRequest,
 }
 
@@ -170,12 +172,13 @@ impl Containers {
             id,
             sandbox,
             stdio: request,
+            folder,
             ..
         } = creation;
         let mut spec: Spec = parse("the specification", creation.spec)?;
         if !sandbox && uses_share(&spec) {
             self.share
-                .get_or_try_init(async || storage::mount_share())
+                .get_or_try_init(async || storage::mount_share(folder))
                 .await?;
         }
         if let Some(disk) = creation.root_disk {

@@ -73,6 +73,7 @@ impl Agent for Service {
                 volumes: &request.volumes,
                 root_disk: request.root_disk.as_ref(),
                 disk_devices: &request.disk_devices,
+                folder: request.folder.get_or_default(),
                 stdio,
             })
             .await?;

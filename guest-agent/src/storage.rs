@@ -3,6 +3,7 @@
 
 use std::fs;
 
+use husk_protocol::agent::Folder;
 use husk_protocol::{SHARE_MOUNT_POINT, SHARE_TAG};
 use nix::mount::{MsFlags, mount};
 
@@ -13,17 +14,22 @@ pub(crate) const SYSFS: &str = "/run/husk/sys";
 
 /// Mounts the folder. Once for all containers, and not before the first that needs it: the file server is then asked
 /// while the agent is already known to be ready.
-pub(crate) fn mount_share() -> Result<()> {
-    const FAILED: &str = "mounting the folder that the host shares";
-    fs::create_dir_all(SHARE_MOUNT_POINT).during(FAILED)?;
+pub(crate) fn mount_share(folder: &Folder) -> Result<()> {
+    let failed = || {
+        format!(
+            "mounting the folder that the host shares ({})",
+            folder.fstype
+        )
+    };
+    fs::create_dir_all(SHARE_MOUNT_POINT).during(failed())?;
     mount(
         Some(SHARE_TAG),
         SHARE_MOUNT_POINT,
-        Some("virtiofs"),
+        Some(folder.fstype.as_str()),
         MsFlags::empty(),
-        None::<&str>,
+        Some(folder.options.as_str()),
     )
-    .during(FAILED)
+    .during(failed())
 }
 
 /// Mounts a sysfs at [`SYSFS`]. Once, before the first container that binds it.

@@ -16,9 +16,10 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use husk_config::{Cache, Config};
+use husk_config::{Cache, Config, Sharing, Storage};
+use husk_protocol::agent::Folder;
 use husk_protocol::{AGENT_PORT, GUEST_CID, READY_PORT, SHARE_TAG};
-use husk_vmm::config::{CachePolicy, DiskConfig, ShareConfig, VmConfig};
+use husk_vmm::config::{CachePolicy, DiskConfig, ShareConfig, ShareProtocol, VmConfig};
 use husk_vmm::control::Event;
 use log::{info, warn};
 use tokio::net::UnixStream;
@@ -80,8 +81,13 @@ pub(crate) struct Vm {
     /// How many it has ever been given.
     disks: AtomicU64,
     network: Network,
+    folder: Folder,
     phases: Phases,
 }
+
+/// Each user's files are made as that user, and his rights are checked by the guest's kernel, ACLs too. Linux's transport by
+/// virtio takes no longer messages.
+const NINEP_OPTIONS: &str = "trans=virtio,version=9p2000.L,access=client,posixacl,msize=512000";
 
 /// Where the time of a boot went.
 #[derive(Debug, Clone, Copy)]
@@ -126,7 +132,10 @@ impl Vm {
             () = give_up.notified() => Err(Error::Abandoned),
         };
         match started {
-            Ok((starting, agent, phases)) => Ok(starting.into_vm(agent, network, sizes, phases)),
+            Ok((starting, agent, phases)) => {
+                let folder = folder(config.storage());
+                Ok(starting.into_vm(agent, network, sizes, folder, phases))
+            }
             Err(err) => {
                 network.remove().await;
                 Err(err)
@@ -161,12 +170,17 @@ impl Vm {
             shares: vec![ShareConfig {
                 tag: SHARE_TAG.to_owned(),
                 path: share.to_owned(),
+                protocol: match storage.sharing() {
+                    Sharing::VirtioFs => ShareProtocol::Fuse,
+                    Sharing::NineP => ShareProtocol::P9,
+                },
                 cache: match storage.cache() {
                     Cache::Auto => CachePolicy::Auto,
                     Cache::None => CachePolicy::None,
                     Cache::Always => CachePolicy::Always,
                 },
                 writeback: storage.writeback(),
+                dax_mib: storage.dax_mib(),
             }],
             disks: Vec::new(),
             nics: network.nics(),
@@ -235,6 +249,7 @@ impl Vm {
             oom_score_adj: AtomicI32::new(0),
             disks: AtomicU64::new(0),
             network: Network::default(),
+            folder: Folder::default(),
             phases: Phases {
                 network: Duration::ZERO,
                 worker_spawn: Duration::ZERO,
@@ -253,6 +268,11 @@ impl Vm {
 
     pub(crate) fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// How the guest mounts the folder that it shares with the host.
+    pub(crate) fn folder(&self) -> &Folder {
+        &self.folder
     }
 
     pub(crate) fn end(&self) -> &End {
@@ -442,7 +462,14 @@ impl Starting {
         self.end.wait().await;
     }
 
-    fn into_vm(self, agent: Agent, mut network: Network, sizes: VmSizes, phases: Phases) -> Vm {
+    fn into_vm(
+        self,
+        agent: Agent,
+        mut network: Network,
+        sizes: VmSizes,
+        folder: Folder,
+        phases: Phases,
+    ) -> Vm {
         network.serve(&self.worker.0, &agent, &self.end);
         Vm {
             agent,
@@ -455,8 +482,32 @@ impl Starting {
             oom_score_adj: AtomicI32::new(0),
             disks: AtomicU64::new(0),
             network,
+            folder,
             phases,
         }
+    }
+}
+
+/// How the guest mounts the folder that it shares with the host.
+fn folder(storage: Storage) -> Folder {
+    let (fstype, options) = match storage.sharing() {
+        Sharing::VirtioFs if storage.dax_mib() > 0 => ("virtiofs", "dax=always".to_owned()),
+        Sharing::VirtioFs => ("virtiofs", String::new()),
+        Sharing::NineP => {
+            let cache = match storage.cache() {
+                // With the least that lets files be mapped to be written.
+                Cache::Auto => "mmap",
+                Cache::None => "none",
+                Cache::Always => "loose",
+            };
+            let options = format!("{NINEP_OPTIONS},cache={cache}");
+            ("9p", options)
+        }
+    };
+    Folder {
+        fstype: fstype.to_owned(),
+        options,
+        ..Folder::default()
     }
 }
 

@@ -14,11 +14,12 @@ use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
 use crate::bus::Buses;
-use crate::config::{DeviceConfig, ShareConfig, VmConfig};
+use crate::config::{CachePolicy, DeviceConfig, ShareConfig, ShareProtocol, VmConfig};
 use crate::devices::balloon::BalloonDevice;
 use crate::devices::console::ConsoleDevice;
 use crate::devices::fs::{FsDevice, Share, Tag};
 use crate::devices::mem::{MemDevice, MemHandle};
+use crate::devices::p9::P9Device;
 use crate::devices::rng::RngDevice;
 use crate::devices::vsock::{VsockConfig, VsockDevice, VsockHandle};
 use crate::end::End;
@@ -34,6 +35,7 @@ use crate::platform::hotplug::{HotplugRegisters, HotplugState};
 use crate::platform::power::PowerRegisters;
 use crate::platform::pvpanic::PanicNotifier;
 use crate::platform::serial::{SerialPort, SerialState};
+use crate::virtio::SharedMemory;
 use crate::virtio::worker::ThreadSetup;
 use crate::vmm::NicFiles;
 
@@ -236,12 +238,32 @@ fn add_platform_devices(
     Ok((serial, hotplug))
 }
 
-fn make_fs(share: &ShareConfig, setup: ThreadSetup) -> Result<FsDevice, Error> {
+/// The device of a shared folder.
+fn make_share(share: &ShareConfig, setup: ThreadSetup) -> Result<Made, Error> {
     let name = || format!("file system ({})", share.tag);
     let tag = Tag::try_from(share.tag.clone()).map_err(|err| broken(&name(), err))?;
+    let label = share.tag.clone();
+    if share.protocol == ShareProtocol::P9 {
+        // It asks for whatever it wants to know.
+        let exported = Share::new(&share.path, CachePolicy::None, false)
+            .map_err(|err| broken(&name(), err))?;
+        let p9 = P9Device::new(tag, exported, setup).map_err(|err| broken(&name(), err))?;
+        let metrics = p9.metrics();
+        return Ok(Made::new(p9, move |into| metrics.collect(&label, into)));
+    }
     let exported = Share::new(&share.path, share.cache, share.writeback)
         .map_err(|err| broken(&name(), err))?;
-    FsDevice::new(tag, exported, setup).map_err(|err| broken(&name(), err))
+    let exported = if share.dax_mib == 0 {
+        exported
+    } else {
+        // Linux maps 2 MiB at a time, and would wait for ever for a place in a window that has none.
+        let window = SharedMemory::new(u64::from(share.dax_mib.next_multiple_of(2)) << 20)
+            .map_err(|err| broken(&name(), err))?;
+        exported.with_window(Arc::new(window))
+    };
+    let fs = FsDevice::new(tag, exported, setup).map_err(|err| broken(&name(), err))?;
+    let metrics = fs.metrics();
+    Ok(Made::new(fs, move |into| metrics.collect(&label, into)))
 }
 
 /// Every virtio device of the configuration. Returns the ways to open connections into the guest, and to plug in memory.
@@ -275,10 +297,7 @@ fn add_virtio_devices(
     slots.add(Made::new(vsock, move |into| metrics.collect(into)))?;
 
     for share in &config.shares {
-        let fs = make_fs(share, setup)?;
-        let metrics = fs.metrics();
-        let tag = share.tag.clone();
-        slots.add(Made::new(fs, move |into| metrics.collect(&tag, into)))?;
+        slots.add(make_share(share, setup)?)?;
     }
 
     for (disk, file) in config.disks.iter().zip(parts.disks) {

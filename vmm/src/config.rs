@@ -26,7 +26,7 @@ pub struct VmConfig {
     pub max_memory_mib: u32,
     /// Added at the end of the kernel's command line.
     pub kernel_params: String,
-    /// The virtio-fs devices.
+    /// The folders.
     pub shares: Vec<ShareConfig>,
     /// The virtio-blk devices; the n-th takes the n-th descriptor after the console's.
     pub disks: Vec<DiskConfig>,
@@ -38,12 +38,14 @@ pub struct VmConfig {
     pub ready_port: u32,
 }
 
-/// A folder shared over virtio-fs.
+/// A folder that the guest has by a device of its own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShareConfig {
     /// The tag by which the guest mounts it, at most 36 bytes of UTF-8 (virtio 1.3, 5.11.4).
     pub tag: String,
+    /// By which device. What follows after the path is of virtio-fs only: a client of 9P decides by itself.
+    pub protocol: ShareProtocol,
     /// The folder, an absolute path in the worker's mount namespace before it is jailed.
     pub path: std::path::PathBuf,
     /// How far the guest relies on what it has read before.
@@ -51,6 +53,20 @@ pub struct ShareConfig {
     /// The guest keeps what is written until `fsync`, `close` or its kernel finds the time to tell the worker, and decides on
     /// times and lengths of files itself. Without effect where nothing is kept ([`CachePolicy::None`]).
     pub writeback: bool,
+    /// The size of the DAX window, in which the guest has files mapped instead of asking for what they hold: at most 2048,
+    /// rounded up to an even number. None if zero.
+    pub dax_mib: u32,
+}
+
+/// What guest and worker speak of a shared folder.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ShareProtocol {
+    /// FUSE: virtio-fs.
+    #[default]
+    Fuse,
+    /// 9P2000.L: the 9P transport.
+    P9,
 }
 
 /// How far the guest relies on what it has read before of a shared folder.
@@ -447,9 +463,11 @@ mod tests {
     fn tags_and_serials_fit_and_differ() {
         let share = |tag: &str| ShareConfig {
             tag: tag.to_owned(),
+            protocol: ShareProtocol::Fuse,
             path: "/".into(),
             cache: CachePolicy::Auto,
             writeback: false,
+            dax_mib: 0,
         };
         let disk = |serial: &str| DiskConfig {
             serial: serial.to_owned(),

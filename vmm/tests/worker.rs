@@ -17,7 +17,7 @@ use std::process::{Child, Command};
 
 use command_fds::{CommandFdExt, FdMapping};
 use husk_vmm::NicFiles;
-use husk_vmm::config::{CachePolicy, DiskConfig, NicConfig, ShareConfig, VmConfig};
+use husk_vmm::config::{CachePolicy, DiskConfig, NicConfig, ShareConfig, ShareProtocol, VmConfig};
 use husk_vmm::control::{self, Call, Event, ExitReason, Message, Reply, Request, Resize};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use support::{Guest, file_of, initramfs, net};
@@ -237,9 +237,11 @@ fn guest_runs_jailed_until_it_powers_off() {
     let booted = worker.boot(USE_FILES, |config| {
         config.shares.push(ShareConfig {
             tag: "share".to_owned(),
+            protocol: ShareProtocol::Fuse,
             path: share.path().to_owned(),
             cache: CachePolicy::Auto,
             writeback: false,
+            dax_mib: 0,
         });
     });
     assert_eq!(booted, Ok(Reply::Booted));
@@ -463,9 +465,11 @@ fn what_cannot_boot_is_told_and_ends_the_worker() {
     let missing = |config: &mut VmConfig| {
         config.shares.push(ShareConfig {
             tag: "share".to_owned(),
+            protocol: ShareProtocol::Fuse,
             path: "/does/not/exist".into(),
             cache: CachePolicy::Auto,
             writeback: false,
+            dax_mib: 0,
         });
     };
     let message = worker.boot("", missing).unwrap_err();

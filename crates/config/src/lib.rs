@@ -39,6 +39,9 @@ const MEMORY_MIB: RangeInclusive<u32> = 64..=1024 * 1024;
 /// In seconds, to one hour.
 const BOOT_TIMEOUT_S: RangeInclusive<u32> = 1..=3600;
 
+/// What a device's shared memory region has room for.
+const DAX_MIB: RangeInclusive<u32> = 0..=2048;
+
 /// Half of the kernel's COMMAND_LINE_SIZE on x86_64: the other half is for what the hypervisor says itself.
 const KERNEL_PARAMS_MAX_LEN: usize = 1024;
 
@@ -47,7 +50,7 @@ const ANNOTATION_PREFIX: &str = "io.husk.";
 
 /// The keys that an administrator may leave to pods. None of the others is a pod's business: a path is one of the host's,
 /// which the shim opens as root, and what host networking means is the node's decision.
-const ANNOTATION_KEYS: [&str; 9] = [
+const ANNOTATION_KEYS: [&str; 11] = [
     "vm.vcpus",
     "vm.max_vcpus",
     "vm.memory_mib",
@@ -55,8 +58,10 @@ const ANNOTATION_KEYS: [&str; 9] = [
     "vm.kernel_params",
     "vm.boot_timeout_s",
     "network.datapath",
+    "storage.sharing",
     "storage.cache",
     "storage.writeback",
+    "storage.dax_mib",
 ];
 
 /// The configuration, checked.
@@ -120,8 +125,20 @@ pub enum HostNetwork {
 /// How a pod has its files: the table `[storage]`.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Storage {
+    sharing: Sharing,
     cache: Cache,
     writeback: bool,
+    dax_mib: u32,
+}
+
+/// By what the host shares files with the guest.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// FUSE's requests, by virtio.
+    #[default]
+    VirtioFs,
+    /// 9P2000.L, by virtio.
+    NineP,
 }
 
 /// How far the guest relies on what it has read before of the files that the host shares with it.
@@ -277,6 +294,12 @@ impl Network {
 }
 
 impl Storage {
+    /// By what the host shares files.
+    #[must_use]
+    pub fn sharing(self) -> Sharing {
+        self.sharing
+    }
+
     /// How far the guest relies on what it has read before.
     #[must_use]
     pub fn cache(self) -> Cache {
@@ -289,19 +312,34 @@ impl Storage {
         self.writeback
     }
 
+    /// The size of the window in which the guest maps files of the host, zero for none.
+    #[must_use]
+    pub fn dax_mib(self) -> u32 {
+        self.dax_mib
+    }
+
     fn overlaid(self, raw: RawStorage, text: &Text<'_>) -> Result<Self, ConfigError> {
         let caches = [
             ("auto", Cache::Auto),
             ("none", Cache::None),
             ("always", Cache::Always),
         ];
+        let protocols = [("virtio-fs", Sharing::VirtioFs), ("9p", Sharing::NineP)];
         Ok(Self {
+            sharing: check(text, "storage.sharing", raw.sharing, |value| {
+                one_of(value, &protocols)
+            })?
+            .unwrap_or(self.sharing),
             cache: check(text, "storage.cache", raw.cache, |value| {
                 one_of(value, &caches)
             })?
             .unwrap_or(self.cache),
             writeback: check(text, "storage.writeback", raw.writeback, truth)?
                 .unwrap_or(self.writeback),
+            dax_mib: check(text, "storage.dax_mib", raw.dax_mib, |value| {
+                integer(value, &DAX_MIB)
+            })?
+            .unwrap_or(self.dax_mib),
         })
     }
 }
@@ -451,8 +489,10 @@ struct RawNetwork {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table of keys")]
 struct RawStorage {
+    sharing: Option<Spanned<Value>>,
     cache: Option<Spanned<Value>>,
     writeback: Option<Spanned<Value>>,
+    dax_mib: Option<Spanned<Value>>,
 }
 
 #[derive(Debug, Default, Deserialize)]

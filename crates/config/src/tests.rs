@@ -35,8 +35,10 @@ fn every_key_is_read() {
         datapath = "vhost"
         host_network = "isolate"
         [storage]
+        sharing = "9p"
         cache = "always"
         writeback = true
+        dax_mib = 64
         "#,
     )
     .unwrap();
@@ -53,8 +55,10 @@ fn every_key_is_read() {
     assert_eq!(network.datapath(), Datapath::Vhost);
     assert_eq!(network.host_network(), HostNetwork::Isolate);
     let storage = config.storage();
+    assert_eq!(storage.sharing(), Sharing::NineP);
     assert_eq!(storage.cache(), Cache::Always);
     assert!(storage.writeback());
+    assert_eq!(storage.dax_mib(), 64);
 }
 
 #[test]

@@ -202,6 +202,7 @@ impl Sandbox {
                 volumes: divided.volumes,
                 root_disk: disks.root.clone().into(),
                 disk_devices: disks.devices.clone(),
+                folder: Some(vm.folder().clone()).into(),
                 ..Default::default()
             };
             vm.agent().create_container(request).await

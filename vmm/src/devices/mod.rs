@@ -1,4 +1,5 @@
-//! The virtio devices. Each is a folder of its own and knows no other; what they share is in [`crate::virtio`].
+//! The virtio devices. Each is a folder of its own and knows no other, but that [`p9`] serves the
+//! folder that [`fs`] has; what they share is in [`crate::virtio`].
 
 pub mod balloon;
 pub mod block;
@@ -6,5 +7,6 @@ pub mod console;
 pub mod fs;
 pub mod mem;
 pub mod net;
+pub mod p9;
 pub mod rng;
 pub mod vsock;

@@ -529,6 +529,11 @@ impl<'m> Readable<'m> {
         Self(self.0.take(count))
     }
 
+    /// The pieces of guest memory that it is made of.
+    pub fn pieces(&self) -> impl Iterator<Item = &VolatileSlice<'m>> {
+        self.0.slices.iter()
+    }
+
     /// Copies an object out. `None`, and nothing consumed, if it is not there whole.
     pub fn read_obj<T: ByteValued + Default>(&mut self) -> Option<T> {
         let mut object = T::default();

@@ -110,7 +110,7 @@ fn confine_workshop() -> io::Result<()> {
 }
 
 fn confine_device(device: DeviceType) -> io::Result<()> {
-    if device != DeviceType::Fs {
+    if !matches!(device, DeviceType::Fs | DeviceType::P9) {
         jail::drop_capabilities()?;
     }
     seccomp::install(Role::Device(device)).map_err(io::Error::other)

@@ -108,7 +108,7 @@ fn compile(role: Role) -> Result<BpfProgram, BackendError> {
         Role::Device(device) => {
             allow(&mut rules, DEVICE);
             match device {
-                DeviceType::Fs => allow(&mut rules, FILE_SERVER),
+                DeviceType::Fs | DeviceType::P9 => allow(&mut rules, FILE_SERVER),
                 DeviceType::Block => {
                     allow(&mut rules, BLOCK);
                     allow_ioctls(&mut rules, BLOCK_IOCTLS)?;
@@ -394,13 +394,14 @@ const FILE_SERVER: &[i64] = &[
 mod tests {
     use super::*;
 
-    const DEVICES: [DeviceType; 8] = [
+    const DEVICES: [DeviceType; 9] = [
         DeviceType::Balloon,
         DeviceType::Block,
         DeviceType::Console,
         DeviceType::Fs,
         DeviceType::Mem,
         DeviceType::Net,
+        DeviceType::P9,
         DeviceType::Rng,
         DeviceType::Vsock,
     ];

@@ -3,7 +3,7 @@
 use std::io::{Read, Seek};
 use std::sync::mpsc::channel;
 
-use husk_vmm::config::{CachePolicy, DiskConfig, ShareConfig};
+use husk_vmm::config::{CachePolicy, DiskConfig, ShareConfig, ShareProtocol};
 use husk_vmm::control::ExitReason;
 
 use crate::support::{self, Guest};
@@ -45,9 +45,11 @@ fn a_folder_is_shared_both_ways() {
     );
     guest.config.shares = vec![ShareConfig {
         tag: "husk".to_owned(),
+        protocol: ShareProtocol::Fuse,
         path: folder.path().to_owned(),
         cache: CachePolicy::Auto,
         writeback: false,
+        dax_mib: 0,
     }];
     let (reason, output) = guest.start().end();
     assert_eq!(reason, ExitReason::PowerOff, "{output}");

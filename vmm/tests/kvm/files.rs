@@ -3,7 +3,7 @@
 use std::fs::Permissions;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
-use husk_vmm::config::{CachePolicy, DiskConfig, ShareConfig};
+use husk_vmm::config::{CachePolicy, DiskConfig, ShareConfig, ShareProtocol};
 use husk_vmm::control::ExitReason;
 
 use crate::support::{self, Guest};
@@ -93,9 +93,11 @@ fn a_shared_folder_behaves_as_a_file_system() {
     let mut guest = Guest::new(&[PRELUDE, FOLDER].concat());
     guest.config.shares = vec![ShareConfig {
         tag: "husk".to_owned(),
+        protocol: ShareProtocol::Fuse,
         path: folder.path().to_owned(),
         cache: CachePolicy::Auto,
         writeback: false,
+        dax_mib: 0,
     }];
     assert_passed(guest);
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use husk_protocol::{GUEST_CID, READY_PORT, SHARE_TAG};
-use husk_vmm::config::{CachePolicy, ShareConfig, VmConfig};
+use husk_vmm::config::{CachePolicy, ShareConfig, ShareProtocol, VmConfig};
 use husk_vmm::control::{self, Call, Event, Message, Request};
 use husk_vmm::worker;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -36,9 +36,11 @@ pub(super) fn check(vm: &husk_config::Vm, shim: &Path) -> Result<String, Problem
         kernel_params: vm.kernel_params().to_owned(),
         shares: vec![ShareConfig {
             tag: SHARE_TAG.to_owned(),
+            protocol: ShareProtocol::Fuse,
             path: share.path().to_owned(),
             cache: CachePolicy::Auto,
             writeback: false,
+            dax_mib: 0,
         }],
         disks: Vec::new(),
         nics: Vec::new(),

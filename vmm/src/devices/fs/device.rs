@@ -19,7 +19,8 @@ use crate::snapshot::{RestoreError, Snapshot};
 use crate::virtio::queue::{QueueError, take_queues};
 use crate::virtio::worker::{ThreadSetup, Worker};
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, read_config_space,
+    ActivateError, Activation, ActiveQueue, DeviceType, SharedMemory, VirtioDevice,
+    read_config_space,
 };
 
 /// Index of the queue of requests that cannot wait.
@@ -124,7 +125,7 @@ impl FsDevice {
 }
 
 /// Lets this thread change its user without a change of its capabilities, unless it does so already.
-fn keep_capabilities_of_users() {
+pub(in crate::devices) fn keep_capabilities_of_users() {
     let kept = capabilities_secure_bits().and_then(|bits| {
         set_capabilities_secure_bits(bits | CapabilitiesSecureBits::NO_SETUID_FIXUP)
     });
@@ -153,6 +154,10 @@ impl VirtioDevice for FsDevice {
         read_config_space(&self.config, offset, data);
     }
 
+    fn shared_memory(&self) -> Option<Arc<SharedMemory>> {
+        self.share.window().cloned()
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let interrupt = Arc::clone(&activation.interrupt);
         let [hiprio, requests] = take_queues(activation, [HIPRIO_QUEUE, REQUEST_QUEUE])?;
@@ -176,8 +181,8 @@ impl VirtioDevice for FsDevice {
     }
 }
 
-/// What is saved of a file system device: what the guest and it agreed on. Node ids and open files are not; they stand
-/// for descriptors, and a restored guest finds them stale.
+/// What is saved of a file system device: what the guest and it agreed on. Node ids, open files and what is mapped in the
+/// DAX window are not; they stand for descriptors, and a restored guest finds them stale.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FsState {

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
 use fuse_backend_rs::api::filesystem::FileSystem;
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
-use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
+use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter, Writer};
 use vm_memory::ByteValued;
 
 use super::device::{FsError, HIPRIO_QUEUE};
 use super::metrics::FsMetrics;
 use super::share::Share;
+use super::window::Window;
 use crate::virtio::ActiveQueue;
 use crate::virtio::queue::{Chain, ChainError, Virtqueue};
 use crate::virtio::worker::{Poll, Serve};
@@ -27,6 +28,7 @@ pub(super) struct FsWorker {
     requests: Virtqueue,
     server: Server<Arc<Share>>,
     share: Arc<Share>,
+    window: Option<Window>,
     metrics: Arc<FsMetrics>,
 }
 
@@ -60,6 +62,7 @@ impl FsWorker {
             hiprio,
             requests,
             server: Server::new(Arc::clone(&share)),
+            window: share.window().cloned().map(Window),
             share,
             metrics,
         }
@@ -82,6 +85,7 @@ impl Serve for FsWorker {
             hiprio,
             requests,
             server,
+            window,
             metrics,
             ..
         } = self;
@@ -91,7 +95,7 @@ impl Serve for FsWorker {
             requests
         };
         queue.drain(|chain| {
-            answer(chain, server, metrics).unwrap_or_else(|err| {
+            answer(chain, server, window.as_mut(), metrics).unwrap_or_else(|err| {
                 metrics.bad_chains.inc();
                 log::debug!("file system request refused: {err}");
                 0
@@ -109,6 +113,7 @@ impl Serve for FsWorker {
 fn answer(
     chain: Chain<'_>,
     server: &Server<Arc<Share>>,
+    window: Option<&mut Window>,
     metrics: &FsMetrics,
 ) -> Result<u32, RequestError> {
     let descriptors = chain.descriptors();
@@ -131,7 +136,8 @@ fn answer(
         .map_err(RequestError::Changed)?;
     let writer = VirtioFsWriter::new(memory, descriptors).map_err(RequestError::Changed)?;
     metrics.requests.inc();
-    match server.handle_message(reader, Writer::VirtioFs(writer), None, None) {
+    let window = window.map(|window| window as &mut dyn FsCacheReqHandler);
+    match server.handle_message(reader, Writer::VirtioFs(writer), window, None) {
         Ok(written) => Ok(u32::try_from(written).unwrap_or(u32::MAX)),
         Err(err) => {
             metrics.bad_requests.inc();
