@@ -212,7 +212,7 @@ debian_mirror() {
 # of its own: neither the machine's own sources (some of which may be down) nor what they say
 # matter, and nothing that is fetched here changes what the machine's apt sees.
 # RELEASE is a suite; or `machine`: Debian 12 with its backports, from which the scripts install; or `sources`: the
-# source packages of these backports.
+# source packages of these two.
 apt_for() {
     local release=$1 command=$2
     shift 2
@@ -230,16 +230,16 @@ apt_for() {
 apt_refresh() {
     local release=$1
     local dir=$HUSK_CACHE/apt/$release
-    if [ -n "$(find "$dir/fresh" -mmin -1440 2>/dev/null)" ]; then
-        return
-    fi
     local mirror suites kind=deb
-    mirror=$(debian_mirror)
     case $release in
     machine) suites='bookworm bookworm-updates bookworm-backports' ;;
-    sources) suites=bookworm-backports kind=deb-src ;;
+    sources) suites='bookworm bookworm-backports' kind=deb-src ;;
     *) suites=$release ;;
     esac
+    if [ -n "$(find "$dir/fresh" -mmin -1440 2>/dev/null)" ] && [ "$(cat "$dir/fresh")" = "$suites" ]; then
+        return
+    fi
+    mirror=$(debian_mirror)
     mkdir -p "$dir/lists/partial" "$dir/archives/partial" "$dir/preferences.d"
     exec {HUSK_APT_LOCK}>"$dir/lock"
     flock "$HUSK_APT_LOCK"
@@ -250,7 +250,7 @@ apt_refresh() {
     done >"$dir/sources.list"
     say "reading Debian's package lists ($suites)"
     apt_for "$release" apt-get -qq update >&2 || die "Debian's package lists at $mirror cannot be read"
-    touch "$dir/fresh"
+    printf '%s\n' "$suites" >"$dir/fresh"
     exec {HUSK_APT_LOCK}>&-
 }
 

@@ -34,3 +34,33 @@ storage_programs() {
     cached storage-programs "$(hash_of "$STORAGE_SUITES" "$source" \
         "$(declare -f build_storage_suites build_storage_programs)")" build_storage_programs "$source"
 }
+
+# Without what would want more libraries, or the processor that it is built on.
+FIO_OPTIONS='--build-static --disable-native --disable-numa --disable-rdma --disable-rados --disable-rbd --disable-http
+    --disable-gfapi --disable-libnfs --disable-lex --disable-pmem --disable-xnvme --disable-libzbc --disable-tcmalloc --disable-dfs'
+
+# build_storage_benches DIR SOURCE - fio, as Debian has its source, and what that does not measure.
+build_storage_benches() {
+    local dir=$1 source=$2 work
+    need_packages gcc make libc6-dev xz-utils
+    gcc -static -O2 -s -Wall -Wextra -Werror -o "$dir/metadata" "$source"
+    work=$(mktemp -d "$dir/build.XXXXXX")
+    cd "$work" || return
+    say 'fetching the source of fio from Debian'
+    apt_for sources apt-get -qq source --download-only --tar-only fio
+    tar -xf fio_*.orig.tar.* --strip-components 1
+    say 'building fio'
+    # shellcheck disable=SC2086 # a list of options
+    ./configure $FIO_OPTIONS >/dev/null
+    nice make --silent --jobs "$(nproc)" fio >/dev/null 2>&1
+    strip -o "$dir/fio" fio
+    cd /
+    rm -r "$work"
+}
+
+# storage_benches - prints the folder of what measures a file system.
+storage_benches() {
+    local source=$HUSK_ROOT/ci/bench.d/metadata.c
+    cached storage-benches "$(hash_of "$(source_version sources fio)" "$source" "$FIO_OPTIONS" \
+        "$(declare -f build_storage_benches)")" build_storage_benches "$source"
+}
