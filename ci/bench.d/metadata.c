@@ -1,4 +1,4 @@
-/* How many operations on names a folder takes: `metadata FOLDER FILES` creates empty files, asks for the status of each,
+/* How many operations on names a folder takes: `metadata FOLDER FILES` creates empty files in a new folder there, asks for the status of each,
  * lists the folder, and removes them, and prints what each of these takes: its name and operations per second. */
 
 #include <dirent.h>
@@ -62,10 +62,12 @@ int main(int argc, char **argv) {
     long files = argc == 3 ? atol(argv[2]) : 0;
     if (files < 1)
         errx(2, "usage: metadata FOLDER FILES");
-    if (chdir(argv[1]) != 0)
-        err(1, "%s", argv[1]);
+    if (chdir(argv[1]) != 0 || mkdir("names", 0755) != 0 || chdir("names") != 0)
+        err(1, "a folder in %s", argv[1]);
     each("create", create, files);
     each("stat", status, files);
     list(files);
     each("unlink", remove_it, files);
+    if (rmdir("../names") != 0)
+        err(1, "remove the folder");
 }
