@@ -101,23 +101,6 @@ class Storage(Case):
             shell.type("cat /share/file\n")
             shell.expect(rf"/file\s+{content}")
 
-    def test_window_shows_the_hosts_pages(self):
-        self.write("first" * 3)
-        shell = self.shell_with("dax_mib = 64")
-        shell.type("grep -c 'virtiofs.*dax=always' /proc/mounts\n")
-        shell.expect(r"mounts\s+[1-9]")
-        # Opened once: an open looks whether the file has changed.
-        shell.type("exec 3</share/file; echo op''en\n")
-        shell.expect("open")
-        with open(f"{self.share}/file", "r+b", buffering=0) as file:
-            for index, content in enumerate((b"other", b"third", b"still")):
-                os.pwrite(file.fileno(), content, 5 * index)
-                shell.type("dd bs=5 count=1 <&3 2>/dev/null; echo\n")
-                shell.expect(rf"echo\s+{content.decode()}")
-            shell.type("printf guest | dd of=/share/file conv=notrunc 2>/dev/null; echo writ''ten\n")
-            shell.expect("written")
-            self.assertEqual(os.pread(file.fileno(), 5, 0), b"guest")
-
     def test_files_by_9p(self):
         self.write("first")
         task = self.start(options=self.mount_with('sharing = "9p"'))

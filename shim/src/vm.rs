@@ -180,7 +180,7 @@ impl Vm {
                     Cache::Always => CachePolicy::Always,
                 },
                 writeback: storage.writeback(),
-                dax_mib: storage.dax_mib(),
+                dax_mib: 0,
             }],
             disks: Vec::new(),
             nics: network.nics(),
@@ -491,7 +491,6 @@ impl Starting {
 /// How the guest mounts the folder that it shares with the host.
 fn folder(storage: Storage) -> Folder {
     let (fstype, options) = match storage.sharing() {
-        Sharing::VirtioFs if storage.dax_mib() > 0 => ("virtiofs", "dax=always".to_owned()),
         Sharing::VirtioFs => ("virtiofs", String::new()),
         Sharing::NineP => {
             let cache = match storage.cache() {

@@ -39,9 +39,6 @@ const MEMORY_MIB: RangeInclusive<u32> = 64..=1024 * 1024;
 /// In seconds, to one hour.
 const BOOT_TIMEOUT_S: RangeInclusive<u32> = 1..=3600;
 
-/// What a device's shared memory region has room for.
-const DAX_MIB: RangeInclusive<u32> = 0..=2048;
-
 /// Half of the kernel's COMMAND_LINE_SIZE on x86_64: the other half is for what the hypervisor says itself.
 const KERNEL_PARAMS_MAX_LEN: usize = 1024;
 
@@ -50,7 +47,7 @@ const ANNOTATION_PREFIX: &str = "io.husk.";
 
 /// The keys that an administrator may leave to pods. None of the others is a pod's business: a path is one of the host's,
 /// which the shim opens as root, and what host networking means is the node's decision.
-const ANNOTATION_KEYS: [&str; 11] = [
+const ANNOTATION_KEYS: [&str; 10] = [
     "vm.vcpus",
     "vm.max_vcpus",
     "vm.memory_mib",
@@ -61,7 +58,6 @@ const ANNOTATION_KEYS: [&str; 11] = [
     "storage.sharing",
     "storage.cache",
     "storage.writeback",
-    "storage.dax_mib",
 ];
 
 /// The configuration, checked.
@@ -128,7 +124,6 @@ pub struct Storage {
     sharing: Sharing,
     cache: Cache,
     writeback: bool,
-    dax_mib: u32,
 }
 
 /// By what the host shares files with the guest.
@@ -312,12 +307,6 @@ impl Storage {
         self.writeback
     }
 
-    /// The size of the window in which the guest maps files of the host, zero for none.
-    #[must_use]
-    pub fn dax_mib(self) -> u32 {
-        self.dax_mib
-    }
-
     fn overlaid(self, raw: RawStorage, text: &Text<'_>) -> Result<Self, ConfigError> {
         let caches = [
             ("auto", Cache::Auto),
@@ -336,10 +325,6 @@ impl Storage {
             .unwrap_or(self.cache),
             writeback: check(text, "storage.writeback", raw.writeback, truth)?
                 .unwrap_or(self.writeback),
-            dax_mib: check(text, "storage.dax_mib", raw.dax_mib, |value| {
-                integer(value, &DAX_MIB)
-            })?
-            .unwrap_or(self.dax_mib),
         })
     }
 }
@@ -492,7 +477,6 @@ struct RawStorage {
     sharing: Option<Spanned<Value>>,
     cache: Option<Spanned<Value>>,
     writeback: Option<Spanned<Value>>,
-    dax_mib: Option<Spanned<Value>>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -38,7 +38,6 @@ fn every_key_is_read() {
         sharing = "9p"
         cache = "always"
         writeback = true
-        dax_mib = 64
         "#,
     )
     .unwrap();
@@ -58,7 +57,6 @@ fn every_key_is_read() {
     assert_eq!(storage.sharing(), Sharing::NineP);
     assert_eq!(storage.cache(), Cache::Always);
     assert!(storage.writeback());
-    assert_eq!(storage.dax_mib(), 64);
 }
 
 #[test]
