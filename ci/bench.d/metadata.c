@@ -1,5 +1,6 @@
-/* How many operations on names a folder takes: `metadata FOLDER FILES` creates empty files in a new folder there, asks for the status of each,
- * lists the folder, and removes them, and prints what each of these takes: its name and operations per second. */
+/* How many operations on names a folder takes: `metadata FOLDER FILES` creates empty files in a new folder there, asks for
+ * the status of each, lists the folder, and removes them, and prints what each of these takes: its name and operations per
+ * second. */
 
 #include <dirent.h>
 #include <err.h>
