@@ -170,17 +170,7 @@ impl Vm {
             shares: vec![ShareConfig {
                 tag: SHARE_TAG.to_owned(),
                 path: share.to_owned(),
-                protocol: match storage.sharing() {
-                    Sharing::VirtioFs => ShareProtocol::Fuse,
-                    Sharing::NineP => ShareProtocol::P9,
-                },
-                cache: match storage.cache() {
-                    Cache::Auto => CachePolicy::Auto,
-                    Cache::None => CachePolicy::None,
-                    Cache::Always => CachePolicy::Always,
-                },
-                writeback: storage.writeback(),
-                dax_mib: 0,
+                protocol: protocol(storage),
             }],
             disks: Vec::new(),
             nics: network.nics(),
@@ -485,6 +475,21 @@ impl Starting {
             folder,
             phases,
         }
+    }
+}
+
+/// What the worker speaks with the guest of the folder that they share.
+fn protocol(storage: Storage) -> ShareProtocol {
+    match storage.sharing() {
+        Sharing::VirtioFs => ShareProtocol::Fuse {
+            cache: match storage.cache() {
+                Cache::Auto => CachePolicy::Auto,
+                Cache::None => CachePolicy::None,
+                Cache::Always => CachePolicy::Always,
+            },
+            writeback: storage.writeback(),
+        },
+        Sharing::NineP => ShareProtocol::P9,
     }
 }
 

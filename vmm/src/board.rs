@@ -35,7 +35,6 @@ use crate::platform::hotplug::{HotplugRegisters, HotplugState};
 use crate::platform::power::PowerRegisters;
 use crate::platform::pvpanic::PanicNotifier;
 use crate::platform::serial::{SerialPort, SerialState};
-use crate::virtio::SharedMemory;
 use crate::virtio::worker::ThreadSetup;
 use crate::vmm::NicFiles;
 
@@ -240,30 +239,27 @@ fn add_platform_devices(
 
 /// The device of a shared folder.
 fn make_share(share: &ShareConfig, setup: ThreadSetup) -> Result<Made, Error> {
-    let name = || format!("file system ({})", share.tag);
-    let tag = Tag::try_from(share.tag.clone()).map_err(|err| broken(&name(), err))?;
+    let name = format!("file system ({})", share.tag);
+    let tag = Tag::try_from(share.tag.clone()).map_err(|err| broken(&name, err))?;
     let label = share.tag.clone();
-    if share.protocol == ShareProtocol::P9 {
-        // It asks for whatever it wants to know.
-        let exported = Share::new(&share.path, CachePolicy::None, false)
-            .map_err(|err| broken(&name(), err))?;
-        let p9 = P9Device::new(tag, exported, setup).map_err(|err| broken(&name(), err))?;
-        let metrics = p9.metrics();
-        return Ok(Made::new(p9, move |into| metrics.collect(&label, into)));
-    }
-    let exported = Share::new(&share.path, share.cache, share.writeback)
-        .map_err(|err| broken(&name(), err))?;
-    let exported = if share.dax_mib == 0 {
-        exported
-    } else {
-        // Linux maps 2 MiB at a time, and would wait for ever for a place in a window that has none.
-        let window = SharedMemory::new(u64::from(share.dax_mib.next_multiple_of(2)) << 20)
-            .map_err(|err| broken(&name(), err))?;
-        exported.with_window(Arc::new(window))
+    let (cache, writeback) = match share.protocol {
+        ShareProtocol::Fuse { cache, writeback } => (cache, writeback),
+        // Its client asks for whatever it wants to know.
+        ShareProtocol::P9 => (CachePolicy::None, false),
     };
-    let fs = FsDevice::new(tag, exported, setup).map_err(|err| broken(&name(), err))?;
-    let metrics = fs.metrics();
-    Ok(Made::new(fs, move |into| metrics.collect(&label, into)))
+    let exported = Share::new(&share.path, cache, writeback).map_err(|err| broken(&name, err))?;
+    Ok(match share.protocol {
+        ShareProtocol::Fuse { .. } => {
+            let fs = FsDevice::new(tag, exported, setup).map_err(|err| broken(&name, err))?;
+            let metrics = fs.metrics();
+            Made::new(fs, move |into| metrics.collect(&label, into))
+        }
+        ShareProtocol::P9 => {
+            let p9 = P9Device::new(tag, exported, setup).map_err(|err| broken(&name, err))?;
+            let metrics = p9.metrics();
+            Made::new(p9, move |into| metrics.collect(&label, into))
+        }
+    })
 }
 
 /// Every virtio device of the configuration. Returns the ways to open connections into the guest, and to plug in memory.

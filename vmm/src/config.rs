@@ -44,37 +44,33 @@ pub struct VmConfig {
 pub struct ShareConfig {
     /// The tag by which the guest mounts it, at most 36 bytes of UTF-8 (virtio 1.3, 5.11.4).
     pub tag: String,
-    /// By which device. What follows after the path is of virtio-fs only: a client of 9P decides by itself.
-    pub protocol: ShareProtocol,
     /// The folder, an absolute path in the worker's mount namespace before it is jailed.
     pub path: std::path::PathBuf,
-    /// How far the guest relies on what it has read before.
-    pub cache: CachePolicy,
-    /// The guest keeps what is written until `fsync`, `close` or its kernel finds the time to tell the worker, and decides on
-    /// times and lengths of files itself. Without effect where nothing is kept ([`CachePolicy::None`]).
-    pub writeback: bool,
-    /// The size of the DAX window, in which the guest has files mapped instead of asking for what they hold: at most 2048,
-    /// rounded up to an even number. None if zero.
-    pub dax_mib: u32,
+    /// By which device.
+    pub protocol: ShareProtocol,
 }
 
 /// What guest and worker speak of a shared folder.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum ShareProtocol {
     /// FUSE: virtio-fs.
-    #[default]
-    Fuse,
-    /// 9P2000.L: the 9P transport.
+    Fuse {
+        /// How far the guest relies on what it has read before.
+        cache: CachePolicy,
+        /// The guest keeps what is written until `fsync`, `close` or its kernel finds the time to tell the worker, and
+        /// decides on times and lengths of files itself. Without effect where nothing is kept ([`CachePolicy::None`]).
+        writeback: bool,
+    },
+    /// 9P2000.L: the 9P transport. What the guest relies on is for its client to decide.
     P9,
 }
 
 /// How far the guest relies on what it has read before of a shared folder.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CachePolicy {
     /// On the content of a file until it is opened again, on names and attributes for a second.
-    #[default]
     Auto,
     /// Not at all: whatever is read is asked for.
     None,
@@ -463,11 +459,8 @@ mod tests {
     fn tags_and_serials_fit_and_differ() {
         let share = |tag: &str| ShareConfig {
             tag: tag.to_owned(),
-            protocol: ShareProtocol::Fuse,
             path: "/".into(),
-            cache: CachePolicy::Auto,
-            writeback: false,
-            dax_mib: 0,
+            protocol: ShareProtocol::P9,
         };
         let disk = |serial: &str| DiskConfig {
             serial: serial.to_owned(),

@@ -2,11 +2,10 @@
 //! place of the latter.
 
 use std::fmt;
-use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting,
-    kvm_clock_data, kvm_irq_routing_entry, kvm_irqchip, kvm_userspace_memory_region,
+    kvm_clock_data, kvm_irq_routing_entry, kvm_irqchip,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use serde::{Deserialize, Serialize};
@@ -15,7 +14,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::Error;
 use crate::layout::{KVM_IDENTITY_MAP_BASE, KVM_TSS_BASE};
-use crate::virtio::SharedMemory;
 
 /// `KVM_API_VERSION` of linux/kvm.h.
 const API_VERSION: i32 = 12;
@@ -61,35 +59,6 @@ pub(crate) trait Hypervisor: Send + Sync + fmt::Debug {
 
     /// Undoes [`Self::bind_doorbell`].
     fn unbind_doorbell(&self, event: &EventFd, address: u64) -> Result<(), errno::Error>;
-
-    /// Shows the guest a shared memory region at `address`, where nothing else is, and takes it away when what is returned
-    /// is dropped. `slot` is a memory slot of KVM's that nobody else uses.
-    fn show(
-        self: Arc<Self>,
-        slot: u32,
-        address: u64,
-        region: Arc<SharedMemory>,
-    ) -> Result<Shown, errno::Error>;
-
-    /// Undoes [`Self::show`], before the region is unmapped.
-    fn hide(&self, slot: u32) -> Result<(), errno::Error>;
-}
-
-/// A shared memory region while the guest sees it.
-#[derive(Debug)]
-pub(crate) struct Shown {
-    slot: u32,
-    hypervisor: Arc<dyn Hypervisor>,
-    /// Unmapped after the slot is gone, at the earliest.
-    _region: Arc<SharedMemory>,
-}
-
-impl Drop for Shown {
-    fn drop(&mut self) {
-        if let Err(err) = self.hypervisor.hide(self.slot) {
-            log::warn!("KVM does not let go of memory slot {}: {err}", self.slot);
-        }
-    }
 }
 
 /// A VM of KVM's, with interrupt controllers and clock.
@@ -198,44 +167,11 @@ impl Hypervisor for KvmVm {
         self.0
             .unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
     }
-
-    fn show(
-        self: Arc<Self>,
-        slot: u32,
-        address: u64,
-        region: Arc<SharedMemory>,
-    ) -> Result<Shown, errno::Error> {
-        let memory_slot = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: address,
-            memory_size: region.len(),
-            userspace_addr: region.address(),
-        };
-        // SAFETY: the region is a live reservation of exactly this length, which `Shown` keeps until the slot is gone. What
-        // is mapped in it is there for the guest.
-        unsafe { self.0.set_user_memory_region(memory_slot) }?;
-        Ok(Shown {
-            slot,
-            hypervisor: self,
-            _region: region,
-        })
-    }
-
-    fn hide(&self, slot: u32) -> Result<(), errno::Error> {
-        // A size of zero deletes the slot.
-        let gone = kvm_userspace_memory_region {
-            slot,
-            ..Default::default()
-        };
-        // SAFETY: the guest gets no memory by it.
-        unsafe { self.0.set_user_memory_region(gone) }
-    }
 }
 
 #[cfg(test)]
 pub(crate) mod testing {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeSet;
     use std::os::fd::{AsRawFd, RawFd};
     use std::sync::Mutex;
 
@@ -248,8 +184,6 @@ pub(crate) mod testing {
         /// GSI and eventfd.
         irqfds: Mutex<BTreeSet<(u32, RawFd)>>,
         doorbells: Mutex<BTreeSet<u64>>,
-        /// Address and length, by memory slot.
-        shown: Mutex<BTreeMap<u32, (u64, u64)>>,
     }
 
     impl FakeHypervisor {
@@ -270,14 +204,6 @@ pub(crate) mod testing {
         /// Addresses that have an ioeventfd.
         pub(crate) fn doorbells(&self) -> Vec<u64> {
             self.doorbells.lock().unwrap().iter().copied().collect()
-        }
-    }
-
-    impl FakeHypervisor {
-        /// Slot, address and length of the regions that the guest sees.
-        pub(crate) fn shown(&self) -> Vec<(u32, u64, u64)> {
-            let shown = self.shown.lock().unwrap();
-            shown.iter().map(|(slot, at)| (*slot, at.0, at.1)).collect()
         }
     }
 
@@ -311,25 +237,6 @@ pub(crate) mod testing {
 
         fn bind_doorbell(&self, _event: &EventFd, address: u64) -> Result<(), errno::Error> {
             changed(self.doorbells.lock().unwrap().insert(address))
-        }
-
-        fn show(
-            self: Arc<Self>,
-            slot: u32,
-            address: u64,
-            region: Arc<SharedMemory>,
-        ) -> Result<Shown, errno::Error> {
-            let at = (address, region.len());
-            changed(self.shown.lock().unwrap().insert(slot, at).is_none())?;
-            Ok(Shown {
-                slot,
-                hypervisor: self,
-                _region: region,
-            })
-        }
-
-        fn hide(&self, slot: u32) -> Result<(), errno::Error> {
-            changed(self.shown.lock().unwrap().remove(&slot).is_some())
         }
 
         fn unbind_doorbell(&self, _event: &EventFd, address: u64) -> Result<(), errno::Error> {

@@ -237,11 +237,11 @@ fn guest_runs_jailed_until_it_powers_off() {
     let booted = worker.boot(USE_FILES, |config| {
         config.shares.push(ShareConfig {
             tag: "share".to_owned(),
-            protocol: ShareProtocol::Fuse,
             path: share.path().to_owned(),
-            cache: CachePolicy::Auto,
-            writeback: false,
-            dax_mib: 0,
+            protocol: ShareProtocol::Fuse {
+                cache: CachePolicy::Auto,
+                writeback: false,
+            },
         });
     });
     assert_eq!(booted, Ok(Reply::Booted));
@@ -465,11 +465,11 @@ fn what_cannot_boot_is_told_and_ends_the_worker() {
     let missing = |config: &mut VmConfig| {
         config.shares.push(ShareConfig {
             tag: "share".to_owned(),
-            protocol: ShareProtocol::Fuse,
             path: "/does/not/exist".into(),
-            cache: CachePolicy::Auto,
-            writeback: false,
-            dax_mib: 0,
+            protocol: ShareProtocol::Fuse {
+                cache: CachePolicy::Auto,
+                writeback: false,
+            },
         });
     };
     let message = worker.boot("", missing).unwrap_err();

@@ -20,7 +20,7 @@ use crate::devices::net::NetDevice;
 use crate::error::Error;
 use crate::irq::Interrupts;
 use crate::kvm::Hypervisor;
-use crate::pci::{PciBus, Place, SLOTS, VirtioPci, VirtioPciState};
+use crate::pci::{PciBus, SLOTS, VirtioPci, VirtioPciState, first_bar};
 use crate::platform::slots::{Answer, SlotRegisters, SlotState};
 use crate::snapshot::RestoreError;
 use crate::virtio::VirtioDevice;
@@ -278,7 +278,7 @@ impl Slots {
         } = made;
         let function = VirtioPci::new(
             device,
-            Place::of(slot, crate::memory::end(memory)),
+            first_bar(slot),
             memory.clone(),
             interrupts,
             Arc::clone(hypervisor),

@@ -6,8 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use super::config_space::Window;
 use super::transport::{BAR_SIZE, VirtioPci};
 use crate::bus::BusDevice;
-use crate::layout::{PCI_WINDOW_32, pci_window_64};
-use crate::virtio::SharedMemory;
+use crate::layout::PCI_WINDOW_32;
 
 /// Devices on a bus, each with one function.
 pub(crate) const SLOTS: u8 = 32;
@@ -29,31 +28,10 @@ pub(super) trait PciFunction: Send + Sync {
     fn write_window(&self, offset: u64, data: &[u8]);
 }
 
-/// Memory slots of KVM's below this are the guest's memory.
-const FIRST_MEMORY_SLOT: u32 = 16;
-
-/// What of the address space is a function's.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Place {
-    /// Where its BAR of registers goes at first. Linux keeps what it finds there if it fits, and so moves nothing while it
-    /// boots.
-    pub(crate) bar: u32,
-    /// Where its shared memory region is, if it has one; there is room for [`SharedMemory::MAX_LEN`].
-    pub(super) shared_memory: u64,
-    /// The memory slot of KVM's for the region.
-    pub(super) memory_slot: u32,
-}
-
-impl Place {
-    /// Of the function in `slot`, in a VM whose memory, what may be plugged in included, ends at `ram_end`.
-    pub(crate) fn of(slot: u8, ram_end: u64) -> Self {
-        let bars = u32::try_from(PCI_WINDOW_32.start).expect("below 4 GiB");
-        Self {
-            bar: bars + u32::from(slot) * BAR_SIZE,
-            shared_memory: pci_window_64(ram_end).start + u64::from(slot) * SharedMemory::MAX_LEN,
-            memory_slot: FIRST_MEMORY_SLOT + u32::from(slot),
-        }
-    }
+/// Where the BAR of the function in `slot` goes at first. Linux keeps what it finds there if it fits, and so moves nothing
+/// while it boots.
+pub(crate) fn first_bar(slot: u8) -> u32 {
+    u32::try_from(PCI_WINDOW_32.start).expect("below 4 GiB") + u32::from(slot) * BAR_SIZE
 }
 
 /// The bus. Device 0 is where a host bridge would be; nothing asks for one, so functions start there.
@@ -168,24 +146,5 @@ impl BusDevice for MemoryWindow {
         let _ = self.access(offset, data.len(), |function, offset| {
             function.write_window(offset, data);
         });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_function_has_room_for_the_longest_region() {
-        let end = 5 << 30;
-        let window = pci_window_64(end);
-        let mut free_from = window.start;
-        for slot in 0..SLOTS {
-            let place = Place::of(slot, end);
-            assert!(place.shared_memory >= free_from);
-            assert!(place.shared_memory.is_multiple_of(SharedMemory::MAX_LEN));
-            free_from = place.shared_memory + SharedMemory::MAX_LEN;
-        }
-        assert!(free_from <= window.end);
     }
 }

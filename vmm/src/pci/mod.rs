@@ -7,5 +7,5 @@ mod config_space;
 mod msix;
 mod transport;
 
-pub(crate) use bus::{Ecam, MemoryWindow, PciBus, Place, SLOTS};
+pub(crate) use bus::{Ecam, MemoryWindow, PciBus, SLOTS, first_bar};
 pub(crate) use transport::{VirtioPci, VirtioPciState};

@@ -146,14 +146,6 @@ impl Runner {
                 self.registers.clear_immediate_exit();
                 Next::Orders
             }
-            // KVM does not say where. The guest's memory is always there, but for what the host lacks.
-            Err(err) if err.errno() == libc::EFAULT => {
-                self.counters.count(ExitKind::Failed);
-                Next::Fail(format!(
-                    "KVM_RUN failed: {err}: the host has no page where the guest wants one, as after a file was truncated \
-                     that the guest has mapped"
-                ))
-            }
             Err(err) => {
                 self.counters.count(ExitKind::Failed);
                 Next::Fail(format!("KVM_RUN failed: {err}"))

@@ -45,11 +45,11 @@ fn a_folder_is_shared_both_ways() {
     );
     guest.config.shares = vec![ShareConfig {
         tag: "husk".to_owned(),
-        protocol: ShareProtocol::Fuse,
         path: folder.path().to_owned(),
-        cache: CachePolicy::Auto,
-        writeback: false,
-        dax_mib: 0,
+        protocol: ShareProtocol::Fuse {
+            cache: CachePolicy::Auto,
+            writeback: false,
+        },
     }];
     let (reason, output) = guest.start().end();
     assert_eq!(reason, ExitReason::PowerOff, "{output}");

@@ -93,11 +93,11 @@ fn a_shared_folder_behaves_as_a_file_system() {
     let mut guest = Guest::new(&[PRELUDE, FOLDER].concat());
     guest.config.shares = vec![ShareConfig {
         tag: "husk".to_owned(),
-        protocol: ShareProtocol::Fuse,
         path: folder.path().to_owned(),
-        cache: CachePolicy::Auto,
-        writeback: false,
-        dax_mib: 0,
+        protocol: ShareProtocol::Fuse {
+            cache: CachePolicy::Auto,
+            writeback: false,
+        },
     }];
     assert_passed(guest);
 }

@@ -36,11 +36,11 @@ pub(super) fn check(vm: &husk_config::Vm, shim: &Path) -> Result<String, Problem
         kernel_params: vm.kernel_params().to_owned(),
         shares: vec![ShareConfig {
             tag: SHARE_TAG.to_owned(),
-            protocol: ShareProtocol::Fuse,
             path: share.path().to_owned(),
-            cache: CachePolicy::Auto,
-            writeback: false,
-            dax_mib: 0,
+            protocol: ShareProtocol::Fuse {
+                cache: CachePolicy::Auto,
+                writeback: false,
+            },
         }],
         disks: Vec::new(),
         nics: Vec::new(),

@@ -90,7 +90,7 @@ impl Scene {
         let config = u64::from(slot) << 15;
         self.ecam().write(config + COMMAND, &[6, 0]);
         let window = crate::pci::MemoryWindow(Arc::clone(&self.slots.bus));
-        let offset = u64::from(Place::of(slot, 0).bar) - crate::layout::PCI_WINDOW_32.start;
+        let offset = u64::from(first_bar(slot)) - crate::layout::PCI_WINDOW_32.start;
         window.write(offset + MSIX_TABLE, &0xfee0_0000_u64.to_le_bytes());
         window.write(offset + MSIX_TABLE + 12, &0_u32.to_le_bytes());
         self.ecam()

@@ -19,8 +19,7 @@ use crate::snapshot::{RestoreError, Snapshot};
 use crate::virtio::queue::{QueueError, take_queues};
 use crate::virtio::worker::{ThreadSetup, Worker};
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceType, SharedMemory, VirtioDevice,
-    read_config_space,
+    ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, read_config_space,
 };
 
 /// Index of the queue of requests that cannot wait.
@@ -100,14 +99,11 @@ impl FsDevice {
         let mut config = [0; CONFIG_LEN];
         config[..tag.0.len()].copy_from_slice(tag.0.as_bytes());
         config[Tag::MAX_LEN..].copy_from_slice(&1_u32.to_le_bytes());
-        let prepare = move |device| {
-            keep_capabilities_of_users();
-            setup(device)
-        };
         Ok(Self {
             tag,
             config,
-            worker: Worker::spawn("fs", DeviceType::Fs, prepare).map_err(FsError::Start)?,
+            worker: Worker::spawn("fs", DeviceType::Fs, for_users(setup))
+                .map_err(FsError::Start)?,
             share: Arc::new(share),
             metrics: Arc::default(),
         })
@@ -124,8 +120,18 @@ impl FsDevice {
     }
 }
 
+/// The setup of a thread that makes files as users of the guest ([`FsDevice::new`]).
+pub(in crate::devices) fn for_users(
+    setup: ThreadSetup,
+) -> impl FnOnce(DeviceType) -> io::Result<()> + Send + 'static {
+    move |device| {
+        keep_capabilities_of_users();
+        setup(device)
+    }
+}
+
 /// Lets this thread change its user without a change of its capabilities, unless it does so already.
-pub(in crate::devices) fn keep_capabilities_of_users() {
+fn keep_capabilities_of_users() {
     let kept = capabilities_secure_bits().and_then(|bits| {
         set_capabilities_secure_bits(bits | CapabilitiesSecureBits::NO_SETUID_FIXUP)
     });
@@ -154,10 +160,6 @@ impl VirtioDevice for FsDevice {
         read_config_space(&self.config, offset, data);
     }
 
-    fn shared_memory(&self) -> Option<Arc<SharedMemory>> {
-        self.share.window().cloned()
-    }
-
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let interrupt = Arc::clone(&activation.interrupt);
         let [hiprio, requests] = take_queues(activation, [HIPRIO_QUEUE, REQUEST_QUEUE])?;
@@ -181,8 +183,8 @@ impl VirtioDevice for FsDevice {
     }
 }
 
-/// What is saved of a file system device: what the guest and it agreed on. Node ids, open files and what is mapped in the
-/// DAX window are not; they stand for descriptors, and a restored guest finds them stale.
+/// What is saved of a file system device: what the guest and it agreed on. Node ids and open files are not; they stand
+/// for descriptors, and a restored guest finds them stale.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FsState {

@@ -14,22 +14,18 @@ use std::ffi::CStr;
 use std::fmt;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
-use fuse_backend_rs::abi::virtio_fs::RemovemappingOne;
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
     ROOT_ID, SetattrValid, ZeroCopyReader, ZeroCopyWriter,
 };
 use fuse_backend_rs::passthrough::{self, Config, PassthroughFs};
-use fuse_backend_rs::transport::FsCacheReqHandler;
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 use crate::config::CachePolicy;
-use crate::virtio::SharedMemory;
 
 /// How long the guest may take names and attributes for valid without asking. The host may change the folder too; this
 /// is how stale the guest's view of that can be. virtiofsd's default.
@@ -98,8 +94,6 @@ pub struct Share {
     /// What the guest may take names and attributes for valid for where the folder itself changes: containers come and go.
     top_timeout: Duration,
     writeback: bool,
-    /// In which the guest has files mapped.
-    window: Option<Arc<SharedMemory>>,
     open: AtomicUsize,
     /// The abilities that the guest claimed at the last INIT, zero before it.
     capable: AtomicU64,
@@ -143,24 +137,9 @@ impl Share {
             fs,
             top_timeout: timeout.min(TIMEOUT),
             writeback,
-            window: None,
             open: AtomicUsize::new(0),
             capable: AtomicU64::new(0),
         })
-    }
-
-    /// Lets the guest have files mapped in `window`.
-    #[must_use]
-    pub fn with_window(self, window: Arc<SharedMemory>) -> Self {
-        Self {
-            window: Some(window),
-            ..self
-        }
-    }
-
-    /// In which the guest has files mapped, if it may.
-    pub(super) fn window(&self) -> Option<&Arc<SharedMemory>> {
-        self.window.as_ref()
     }
 
     /// The abilities that the guest claimed at the last INIT. `None` before it.
@@ -239,11 +218,6 @@ impl FileSystem for Share {
     fn destroy(&self) {
         self.fs.destroy();
         self.open.store(0, Ordering::Relaxed);
-        if let Some(window) = &self.window
-            && let Err(err) = window.unmap_all()
-        {
-            log::warn!("files stay mapped for a guest that has let go of them: {err}");
-        }
     }
 
     fn lookup(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -481,24 +455,6 @@ impl FileSystem for Share {
             mode: u32,
             offset: u64,
             length: u64,
-        ) -> io::Result<()>;
-        fn setupmapping(
-            &self,
-            ctx: &Context,
-            inode: u64,
-            handle: u64,
-            foffset: u64,
-            len: u64,
-            flags: u64,
-            moffset: u64,
-            window: &mut dyn FsCacheReqHandler,
-        ) -> io::Result<()>;
-        fn removemapping(
-            &self,
-            ctx: &Context,
-            inode: u64,
-            requests: Vec<RemovemappingOne>,
-            window: &mut dyn FsCacheReqHandler,
         ) -> io::Result<()>;
         fn statfs(&self, ctx: &Context, inode: u64) -> io::Result<statvfs64>;
         fn removexattr(&self, ctx: &Context, inode: u64, name: &CStr) -> io::Result<()>;

@@ -2,9 +2,8 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
-use std::sync::Arc;
 
 use fuse_backend_rs::abi::fuse_abi::{
     AttrOut, CreateIn, Dirent, EntryOut, GetattrIn, GetxattrIn, InHeader, InitIn, InitIn2, InitOut,
@@ -19,8 +18,8 @@ use vm_memory::ByteValued;
 use super::{FsDevice, HIPRIO_QUEUE, REQUEST_QUEUE, Share, Tag};
 use crate::config::CachePolicy;
 use crate::snapshot::Snapshot;
+use crate::virtio::VirtioDevice;
 use crate::virtio::testing::{Buffer, Driver};
-use crate::virtio::{SharedMemory, VirtioDevice};
 
 const FLAGS: i32 = libc::O_RDWR;
 
@@ -63,25 +62,7 @@ impl Guest {
 
     fn caching(cache: CachePolicy, writeback: bool) -> Self {
         let folder = TempDir::new().unwrap();
-        let device = device_with(folder.path(), cache, writeback);
-        Self::with(device, folder)
-    }
-
-    /// A guest with a DAX window of four pages.
-    fn windowed() -> (Self, Arc<SharedMemory>) {
-        let folder = TempDir::new().unwrap();
-        let window = Arc::new(SharedMemory::new(4 * PAGE).unwrap());
-        let share = Share::new(folder.path(), CachePolicy::Auto, false)
-            .unwrap()
-            .with_window(Arc::clone(&window));
-        let tag = Tag::try_from("husk".to_owned()).unwrap();
-        let device = FsDevice::new(tag, share, |_| Ok(())).unwrap();
-        let mut guest = Self::with(device, folder);
-        guest.init();
-        (guest, window)
-    }
-
-    fn with(mut device: FsDevice, folder: TempDir) -> Self {
+        let mut device = device_with(folder.path(), cache, writeback);
         let driver = Driver::activate(&mut device);
         Self {
             device,
@@ -170,23 +151,6 @@ impl Guest {
         };
         self.ask(Opcode::Open, node, body.as_slice(), 64)
             .map(|bytes| object(&bytes))
-    }
-
-    /// As Linux does, which names no handle.
-    fn set_up_mapping(&mut self, node: u64, from: u64, len: u64, flags: u64, at: u64) -> Answer {
-        let body: Vec<u8> = [u64::MAX, from, len, flags, at]
-            .iter()
-            .flat_map(|field| field.to_le_bytes())
-            .collect();
-        self.ask(Opcode::SetupMapping, node, &body, 0)
-    }
-
-    fn remove_mappings(&mut self, node: u64, pieces: &[(u64, u64)]) -> Answer {
-        let mut body = u32::try_from(pieces.len()).unwrap().to_le_bytes().to_vec();
-        for (at, len) in pieces {
-            body.extend([at.to_le_bytes(), len.to_le_bytes()].concat());
-        }
-        self.ask(Opcode::RemoveMapping, node, &body, 0)
     }
 
     fn read(&mut self, node: u64, fh: u64, offset: u64, size: u32, room: usize) -> Answer {
@@ -956,126 +920,4 @@ fn indirect_chains_are_served() {
     guest.driver.kick_if_wanted(REQUEST_QUEUE);
     let used = guest.driver.wait_used(REQUEST_QUEUE, head);
     assert!(used.written > 16);
-}
-
-const PAGE: u64 = 4096;
-/// Flags of FUSE_SETUPMAPPING.
-const WRITE: u64 = 1;
-const READ: u64 = 2;
-
-#[test]
-fn a_mapped_file_is_the_hosts_file() {
-    let (mut guest, window) = Guest::windowed();
-    fs::write(guest.path("file"), vec![b'a'; 8192]).unwrap();
-    let node = guest.lookup(ROOT_ID, "file").unwrap().nodeid;
-    guest
-        .set_up_mapping(node, PAGE, PAGE, READ | WRITE, 2 * PAGE)
-        .unwrap();
-    assert_eq!(window.peek(2 * 4096), b'a');
-    window.poke(2 * 4096, b'g');
-    assert_eq!(fs::read(guest.path("file")).unwrap()[4096], b'g');
-    let file = fs::OpenOptions::new()
-        .write(true)
-        .open(guest.path("file"))
-        .unwrap();
-    file.write_all_at(b"h", 4097).unwrap();
-    assert_eq!(window.peek(2 * 4096 + 1), b'h');
-
-    guest.remove_mappings(node, &[(2 * PAGE, PAGE)]).unwrap();
-    assert_eq!(window.rights(2 * PAGE), "---p");
-}
-
-#[test]
-fn a_mapping_has_the_rights_that_are_asked_for() {
-    let (mut guest, window) = Guest::windowed();
-    fs::write(guest.path("file"), vec![0; 8192]).unwrap();
-    let node = guest.lookup(ROOT_ID, "file").unwrap().nodeid;
-    guest.set_up_mapping(node, 0, PAGE, READ, 0).unwrap();
-    guest
-        .set_up_mapping(node, 0, PAGE, READ | WRITE, PAGE)
-        .unwrap();
-    assert_eq!([window.rights(0), window.rights(PAGE)], ["r--s", "rw-s"]);
-    // What is there is replaced.
-    guest
-        .set_up_mapping(node, 0, PAGE, READ | WRITE, 0)
-        .unwrap();
-    assert_eq!(window.rights(0), "rw-s");
-}
-
-#[test]
-fn mappings_that_are_none_are_refused() {
-    let (mut guest, window) = Guest::windowed();
-    fs::write(guest.path("file"), vec![0; 8192]).unwrap();
-    let node = guest.lookup(ROOT_ID, "file").unwrap().nodeid;
-    for (from, len, at) in [
-        (0, 0, 0),
-        (1, PAGE, 0),
-        (0, PAGE + 1, 0),
-        (0, PAGE, 1),
-        (0, PAGE, 4 * PAGE),
-        (0, 5 * PAGE, 0),
-        (0, PAGE, u64::MAX - PAGE + 1),
-        (u64::MAX - PAGE + 1, PAGE, 0),
-        (0, u64::MAX, 0),
-    ] {
-        let answer = guest.set_up_mapping(node, from, len, READ, at);
-        assert_eq!(answer, Err(libc::EINVAL), "{from:#x} {len:#x} {at:#x}");
-        let answer = guest.remove_mappings(node, &[(at | 1, len)]);
-        assert_eq!(answer, Err(libc::EINVAL), "{len:#x} {at:#x}");
-    }
-    assert!(
-        guest.set_up_mapping(ROOT_ID, 0, PAGE, READ, 0).is_err(),
-        "a folder"
-    );
-    assert!(
-        guest.set_up_mapping(777, 0, PAGE, READ, 0).is_err(),
-        "no node"
-    );
-    assert_eq!(window.rights(0), "---p");
-    // More pieces are announced than there are.
-    let answer = guest.ask(Opcode::RemoveMapping, node, &u32::MAX.to_le_bytes(), 0);
-    assert!(answer.is_err());
-    guest.lookup(ROOT_ID, "file").unwrap();
-}
-
-#[test]
-fn a_fifo_is_not_mapped_and_holds_nobody_up() {
-    let (mut guest, _window) = Guest::windowed();
-    rustix::fs::mkfifoat(rustix::fs::CWD, guest.path("fifo"), rustix::fs::Mode::RUSR).unwrap();
-    let node = guest.lookup(ROOT_ID, "fifo").unwrap().nodeid;
-    assert!(guest.set_up_mapping(node, 0, PAGE, READ, 0).is_err());
-}
-
-#[test]
-fn nothing_stays_mapped_after_the_session() {
-    for end in [
-        (|guest: &mut Guest| {
-            // The library does not answer it.
-            let header = guest.header(Opcode::Destroy as u32, 0, 0);
-            let room = [size_of::<OutHeader>()];
-            guest
-                .driver
-                .request(REQUEST_QUEUE, &[header.as_slice()], &room);
-        }) as fn(&mut Guest),
-        |guest| guest.device.reset(),
-    ] {
-        let (mut guest, window) = Guest::windowed();
-        fs::write(guest.path("file"), vec![0; 4096]).unwrap();
-        let node = guest.lookup(ROOT_ID, "file").unwrap().nodeid;
-        guest.set_up_mapping(node, 0, PAGE, READ, 3 * PAGE).unwrap();
-        assert_eq!(window.rights(3 * PAGE), "r--s");
-        end(&mut guest);
-        assert_eq!(window.rights(3 * PAGE), "---p");
-    }
-}
-
-#[test]
-fn without_a_window_nothing_is_mapped() {
-    let mut guest = Guest::mounted();
-    fs::write(guest.path("file"), vec![0; 4096]).unwrap();
-    let node = guest.lookup(ROOT_ID, "file").unwrap().nodeid;
-    let answer = guest.set_up_mapping(node, 0, PAGE, READ, 0);
-    assert_eq!(answer, Err(libc::EINVAL));
-    assert_eq!(guest.remove_mappings(node, &[(0, PAGE)]), Err(libc::EINVAL));
-    assert!(guest.device.shared_memory().is_none());
 }

@@ -7,13 +7,12 @@ use std::sync::Arc;
 use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
 use fuse_backend_rs::api::filesystem::FileSystem;
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
-use fuse_backend_rs::transport::{FsCacheReqHandler, Reader, VirtioFsWriter, Writer};
+use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use vm_memory::ByteValued;
 
 use super::device::{FsError, HIPRIO_QUEUE};
 use super::metrics::FsMetrics;
 use super::share::Share;
-use super::window::Window;
 use crate::virtio::ActiveQueue;
 use crate::virtio::queue::{Chain, ChainError, Virtqueue};
 use crate::virtio::worker::{Poll, Serve};
@@ -28,7 +27,6 @@ pub(super) struct FsWorker {
     requests: Virtqueue,
     server: Server<Arc<Share>>,
     share: Arc<Share>,
-    window: Option<Window>,
     metrics: Arc<FsMetrics>,
 }
 
@@ -62,7 +60,6 @@ impl FsWorker {
             hiprio,
             requests,
             server: Server::new(Arc::clone(&share)),
-            window: share.window().cloned().map(Window),
             share,
             metrics,
         }
@@ -85,7 +82,6 @@ impl Serve for FsWorker {
             hiprio,
             requests,
             server,
-            window,
             metrics,
             ..
         } = self;
@@ -95,7 +91,7 @@ impl Serve for FsWorker {
             requests
         };
         queue.drain(|chain| {
-            answer(chain, server, window.as_mut(), metrics).unwrap_or_else(|err| {
+            answer(chain, server, metrics).unwrap_or_else(|err| {
                 metrics.bad_chains.inc();
                 log::debug!("file system request refused: {err}");
                 0
@@ -113,7 +109,6 @@ impl Serve for FsWorker {
 fn answer(
     chain: Chain<'_>,
     server: &Server<Arc<Share>>,
-    window: Option<&mut Window>,
     metrics: &FsMetrics,
 ) -> Result<u32, RequestError> {
     let descriptors = chain.descriptors();
@@ -136,8 +131,7 @@ fn answer(
         .map_err(RequestError::Changed)?;
     let writer = VirtioFsWriter::new(memory, descriptors).map_err(RequestError::Changed)?;
     metrics.requests.inc();
-    let window = window.map(|window| window as &mut dyn FsCacheReqHandler);
-    match server.handle_message(reader, Writer::VirtioFs(writer), window, None) {
+    match server.handle_message(reader, Writer::VirtioFs(writer), None, None) {
         Ok(written) => Ok(u32::try_from(written).unwrap_or(u32::MAX)),
         Err(err) => {
             metrics.bad_requests.inc();

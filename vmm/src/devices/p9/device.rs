@@ -11,7 +11,7 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use super::metrics::P9Metrics;
 use super::server::Server;
 use super::worker::{P9Worker, lock};
-use crate::devices::fs::{Share, Tag, keep_capabilities_of_users};
+use crate::devices::fs::{Share, Tag, for_users};
 use crate::snapshot::{RestoreError, Snapshot};
 use crate::virtio::queue::{QueueError, take_queues};
 use crate::virtio::worker::{ThreadSetup, Worker};
@@ -59,14 +59,11 @@ impl P9Device {
     pub fn new(tag: Tag, share: Share, setup: ThreadSetup) -> Result<Self, P9Error> {
         let len = u16::try_from(tag.as_str().len()).expect("a tag is short");
         let config = [&len.to_le_bytes(), tag.as_str().as_bytes()].concat();
-        let prepare = move |device| {
-            keep_capabilities_of_users();
-            setup(device)
-        };
         Ok(Self {
             tag,
             config,
-            worker: Worker::spawn("9p", DeviceType::P9, prepare).map_err(P9Error::Start)?,
+            worker: Worker::spawn("9p", DeviceType::P9, for_users(setup))
+                .map_err(P9Error::Start)?,
             server: Arc::new(Mutex::new(Server::new(share))),
             metrics: Arc::default(),
         })

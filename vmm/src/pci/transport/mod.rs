@@ -1,6 +1,4 @@
-//! Virtio over PCI (virtio 1.3, 4.1): one function with a BAR of registers, modern only. A device that has a shared memory
-//! region has it in a second BAR, which stays where it is: a driver that moves the BAR finds nothing there. So Linux sizes
-//! BARs and switches their decoding off and on without a change of the VM's memory.
+//! Virtio over PCI (virtio 1.3, 4.1): one function with one memory BAR, modern only.
 //!
 //! ```text
 //! reset ─► ACKNOWLEDGE ─► DRIVER ─► FEATURES_OK ─► DRIVER_OK: the device is activated
@@ -33,12 +31,12 @@ use vmm_sys_util::eventfd::EventFd;
 use self::capabilities::{PCI_CAP_BAR, PCI_CAP_DATA, PCI_CAP_LENGTH, PCI_CAP_OFFSET};
 use self::registers::{QueueRegisters, Registers, half_of, set_half, write_queue};
 use self::signals::{NO_VECTOR, Signals};
-use super::bus::{PciFunction, Place};
+use super::bus::PciFunction;
 use super::config_space::{BAR0, COMMAND, ConfigSpace, Identity, Window};
 use super::msix::{Msix, MsixState};
 use crate::error::Error;
 use crate::irq::Interrupts;
-use crate::kvm::{Hypervisor, Shown};
+use crate::kvm::Hypervisor;
 use crate::snapshot::RestoreError;
 use crate::virtio::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};
 
@@ -110,8 +108,6 @@ pub(crate) struct VirtioPci {
     kicks: Vec<EventFd>,
     memory: GuestMemoryMmap,
     hypervisor: Arc<dyn Hypervisor>,
-    /// The shared memory region of the device.
-    _shown: Option<Shown>,
 }
 
 /// The state of a virtio device on the PCI bus, the device's own included.
@@ -130,10 +126,10 @@ pub(crate) struct VirtioPciState {
 }
 
 impl VirtioPci {
-    /// Puts a device behind the transport, at its place in the address space.
+    /// Puts a device behind the transport, with its BAR at `bar`.
     pub(crate) fn new(
         device: Box<dyn VirtioDevice>,
-        place: Place,
+        bar: u32,
         memory: GuestMemoryMmap,
         interrupts: &Arc<Interrupts>,
         hypervisor: Arc<dyn Hypervisor>,
@@ -152,24 +148,9 @@ impl VirtioPci {
             class: CLASS,
             subsystem: SUBSYSTEM,
         });
-        config.set_memory_bar(place.bar, BAR_SIZE);
+        config.set_memory_bar(bar, BAR_SIZE);
         let msix_capability = capabilities::add_msix(&mut config, vectors);
         let pci_capability = capabilities::add_virtio(&mut config, queues);
-        let shown = device
-            .shared_memory()
-            .map(|region| {
-                let len = region.len();
-                config.set_memory_bar_64(place.shared_memory, len.next_power_of_two());
-                capabilities::add_shared_memory(&mut config, len);
-                Arc::clone(&hypervisor)
-                    .show(place.memory_slot, place.shared_memory, region)
-                    .map_err(|source| Error::MemorySlot {
-                        base: place.shared_memory,
-                        len,
-                        source,
-                    })
-            })
-            .transpose()?;
         Ok(Self {
             function: Mutex::new(Function {
                 registers: Registers::new(device.queue_max_sizes()),
@@ -185,7 +166,6 @@ impl VirtioPci {
             kicks,
             memory,
             hypervisor,
-            _shown: shown,
         })
     }
 

@@ -8,14 +8,9 @@ use serde_json::json;
 use super::*;
 use crate::kvm::testing::FakeHypervisor;
 use crate::snapshot::Snapshot;
-use crate::virtio::{DeviceType, SharedMemory};
+use crate::virtio::DeviceType;
 
 const BAR: u32 = 0xc000_0000;
-const PLACE: Place = Place {
-    bar: BAR,
-    shared_memory: 0x10_0000_0000,
-    memory_slot: 20,
-};
 const OFFERED: u64 = 1 << 5;
 
 /// What the test sees of the device inside the transport.
@@ -32,7 +27,6 @@ struct Seen {
 struct FakeDevice {
     seen: Arc<Seen>,
     value: u32,
-    region: Option<Arc<SharedMemory>>,
 }
 
 impl VirtioDevice for FakeDevice {
@@ -58,10 +52,6 @@ impl VirtioDevice for FakeDevice {
             .lock()
             .unwrap()
             .push((offset, data.to_vec()));
-    }
-
-    fn shared_memory(&self) -> Option<Arc<SharedMemory>> {
-        self.region.clone()
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -106,19 +96,14 @@ struct Driver {
 
 impl Driver {
     fn new() -> Self {
-        Self::with_region(None)
-    }
-
-    fn with_region(region: Option<Arc<SharedMemory>>) -> Self {
         let hypervisor = Arc::new(FakeHypervisor::default());
         let seen = Arc::new(Seen::default());
         let function = VirtioPci::new(
             Box::new(FakeDevice {
                 seen: Arc::clone(&seen),
                 value: 7,
-                region,
             }),
-            PLACE,
+            BAR,
             crate::memory::allocate(32, 32).unwrap(),
             &Interrupts::new(hypervisor.clone()),
             hypervisor.clone(),
@@ -501,54 +486,6 @@ fn capabilities_describe_structures_inside_of_the_bar() {
         driver.read_config::<4>(notify + 16),
         NOTIFY_MULTIPLIER.to_le_bytes()
     );
-}
-
-#[test]
-fn a_shared_memory_region_is_described_and_shown_where_its_bar_is() {
-    const LEN: u64 = 3 << 20;
-    let region = Arc::new(SharedMemory::new(LEN).unwrap());
-    let driver = Driver::with_region(Some(Arc::clone(&region)));
-    let at = driver.capability(8);
-    assert_eq!(driver.read_config::<1>(at + 2), [24], "length");
-    assert_eq!(driver.read_config::<2>(at + 4), [2, 0], "BAR and id");
-    let half = |offset: usize| u64::from(u32::from_le_bytes(driver.read_config(at + offset)));
-    assert_eq!(half(8) | half(16) << 32, 0, "offset");
-    assert_eq!(half(12) | half(20) << 32, LEN);
-    assert_eq!(
-        u64::from_le_bytes(driver.read_config(BAR0 + 8)),
-        PLACE.shared_memory | 0b1100
-    );
-    let shown = [(PLACE.memory_slot, PLACE.shared_memory, LEN)];
-    assert_eq!(driver.hypervisor.shown(), shown);
-
-    // The driver finds out its size, as Linux does, and then moves it: the memory stays.
-    driver.function.write_config(COMMAND, &[0, 0]);
-    driver.function.write_config(BAR0 + 8, &[0xff; 8]);
-    assert_eq!(
-        u64::from_le_bytes(driver.read_config(BAR0 + 8)),
-        !((4 << 20) - 1) | 0b1100
-    );
-    driver.function.write_config(COMMAND, &[6, 0]);
-    driver.bring_up();
-    driver.set_status(0);
-    assert_eq!(driver.hypervisor.shown(), shown);
-
-    let Driver {
-        function,
-        hypervisor,
-        ..
-    } = driver;
-    drop(function);
-    assert_eq!(hypervisor.shown(), []);
-    assert_eq!(Arc::strong_count(&region), 1);
-}
-
-#[test]
-fn a_device_without_a_region_has_no_second_bar() {
-    let driver = Driver::new();
-    driver.function.write_config(BAR0 + 8, &[0xff; 8]);
-    assert_eq!(driver.read_config::<8>(BAR0 + 8), [0; 8]);
-    assert_eq!(driver.hypervisor.shown(), []);
 }
 
 #[test]
