@@ -522,14 +522,16 @@ class Case(unittest.TestCase):
 
     def remove(self, name):
         """Whatever it takes to be rid of a container, so that the next test finds a clean machine."""
+        hangs = False
         try:
             subprocess.run(["ctr", "task", "rm", "-f", name], capture_output=True, timeout=30, check=False)
         except subprocess.TimeoutExpired:
-            # Its shim hangs, which the test's report has shown.
+            hangs = True
             for pid, line in processes().items():
                 if "containerd-shim" in line and name in line.split():
                     os.kill(pid, signal.SIGKILL)
         subprocess.run(["ctr", "c", "rm", name], capture_output=True, timeout=30, check=False)
+        self.assertFalse(hangs, f"`ctr task rm -f {name}` was not over after 30 s; its shim was killed")
 
     def run_container(self, *command, options=(), name=None, runtime=None, image=(IMAGE,), **kwargs):
         """`ctr run --rm`, to its end."""

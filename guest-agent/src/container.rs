@@ -516,7 +516,14 @@ impl Container {
         if all {
             return self.cgroup.signal(signal);
         }
-        self.process(exec_id)?.signal(signal)
+        let process = self.process(exec_id)?;
+        // The kernel drops these for the first process of a PID namespace that has no handler, as before its program runs.
+        let unstarted = exec_id.is_empty() && matches!(*self.state(), State::Created(_));
+        process.signal(if unstarted && signal.asks_to_end() {
+            Signal::KILL
+        } else {
+            signal
+        })
     }
 
     /// Every process, with the exec that it is, if it is one. None, once the container is stopped.

@@ -22,6 +22,14 @@ impl Signal {
             .ok_or_else(|| Error::Invalid(format!("{number} is no signal")))
     }
 
+    /// Whether it is one by which a process is asked to end.
+    pub(crate) fn asks_to_end(self) -> bool {
+        matches!(
+            self.0,
+            libc::SIGHUP | libc::SIGINT | libc::SIGQUIT | libc::SIGTERM
+        )
+    }
+
     /// Sends it to one process.
     pub(crate) fn send(self, pid: Pid) -> nix::Result<()> {
         // SAFETY: kill takes two numbers and touches no memory of the caller.
@@ -41,5 +49,12 @@ mod tests {
         assert!(Signal::new(0).is_err());
         assert!(Signal::new(65).is_err());
         assert!(Signal::new(u32::MAX).is_err());
+    }
+
+    #[test]
+    fn some_ask_to_end() {
+        let asks = |number| Signal::new(number).expect("it exists").asks_to_end();
+        assert!(asks(1) && asks(2) && asks(3) && asks(15));
+        assert!(!asks(9) && !asks(10) && !asks(18) && !asks(28));
     }
 }

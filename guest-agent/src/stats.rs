@@ -27,6 +27,9 @@ pub(crate) fn of(cgroup: &Cgroup) -> agent::StatsContainerResponse {
         .into(),
         io: io(&text(folder, "io.stat")),
         network: network(&net_dev),
+        cpu_pressure: pressure(&text(folder, "cpu.pressure")).into(),
+        memory_pressure: pressure(&text(folder, "memory.pressure")).into(),
+        io_pressure: pressure(&text(folder, "io.pressure")).into(),
         ..Default::default()
     }
 }
@@ -117,6 +120,32 @@ fn network(text: &str) -> Vec<agent::NetworkStats> {
         .collect()
 }
 
+/// A pressure file: `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, and the same of `full`.
+fn pressure(text: &str) -> Option<agent::PressureStats> {
+    let line = |name| {
+        let words = text.lines().find_map(|line| line.strip_prefix(name))?;
+        let mut found = agent::Pressure::default();
+        for (key, value) in words
+            .split_ascii_whitespace()
+            .filter_map(|word| word.split_once('='))
+        {
+            match key {
+                "avg10" => found.avg10 = value.parse().ok()?,
+                "avg60" => found.avg60 = value.parse().ok()?,
+                "avg300" => found.avg300 = value.parse().ok()?,
+                "total" => found.total = value.parse().ok()?,
+                _ => {}
+            }
+        }
+        Some(found)
+    };
+    Some(agent::PressureStats {
+        some: Some(line("some ")?).into(),
+        full: line("full ").into(),
+        ..Default::default()
+    })
+}
+
 fn text(folder: &Path, file: &str) -> String {
     fs::read_to_string(folder.join(file)).unwrap_or_default()
 }
@@ -157,6 +186,10 @@ mod tests {
                 "io.stat",
                 "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n",
             ),
+            (
+                "memory.pressure",
+                "some avg10=1.50 avg60=0.20 avg300=0.00 total=77\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=5\n",
+            ),
         ] {
             fs::write(folder.path().join(file), text).expect("a file");
         }
@@ -170,6 +203,10 @@ mod tests {
         assert_eq!(stats.memory.events["oom_kill"], 1);
         assert_eq!((stats.pids.current, stats.pids.limit), (3, 100));
         assert_eq!((stats.io[0].major, stats.io[0].wios), (254, 4));
+        let pressure = stats.memory_pressure;
+        assert_eq!((pressure.some.total, pressure.full.total), (77, 5));
+        assert!((pressure.some.avg10 - 1.5).abs() < 1e-9);
+        assert!(stats.cpu_pressure.is_none());
     }
 
     #[test]

@@ -210,6 +210,25 @@ impl Container {
         Ok(())
     }
 
+    /// Claims the start of an added process, as [`Process::begin_start`]. Refused unless the container may go on: what joins
+    /// a frozen cgroup never gets to its program.
+    pub(crate) fn begin_exec(&self, exec: &Exec) -> Result<(), Error> {
+        let pause = lock(&self.pause);
+        match *pause {
+            Pause::Off => exec.process.begin_start(),
+            Pause::Pausing | Pause::Paused | Pause::Resuming => Err(Error::ExecInState {
+                state: Status::Paused.name(),
+            }),
+        }
+    }
+
+    /// Waits for the processes that are being started.
+    pub(crate) async fn settle_execs(&self) {
+        for exec in self.execs() {
+            exec.process.settled().await;
+        }
+    }
+
     pub(crate) fn remove_exec(&self, exec_id: &str) {
         lock(&self.execs).remove(exec_id);
     }

@@ -153,13 +153,18 @@ impl Process {
         self.state.send_replace(state);
     }
 
-    /// Records the exit, once no start is under way.
-    pub(crate) async fn ended(&self, exit: Exit) {
+    /// Waits until no start is under way.
+    pub(crate) async fn settled(&self) {
         let mut state = self.state.subscribe();
         // The sender lives as long as `self`.
         let _ = state
             .wait_for(|&state| state != ProcessState::Starting)
             .await;
+    }
+
+    /// Records the exit, once no start is under way.
+    pub(crate) async fn ended(&self, exit: Exit) {
+        self.settled().await;
         self.state.send_replace(ProcessState::Stopped(exit));
     }
 

@@ -5,7 +5,7 @@ use containerd_shim::protos::cgroups::metrics as v1;
 use containerd_shim::protos::cgroups_v2::metrics as v2;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::util::convert_to_any;
-use husk_protocol::agent::StatsContainerResponse;
+use husk_protocol::agent::{Pressure, PressureStats, StatsContainerResponse};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use crate::error::Error;
@@ -57,6 +57,7 @@ fn to_v2(stats: &StatsContainerResponse) -> v2::Metrics {
         nr_periods: stats.cpu.nr_periods,
         nr_throttled: stats.cpu.nr_throttled,
         throttled_usec: stats.cpu.throttled_usec,
+        psi: psi(stats.cpu_pressure.as_ref()).into(),
         ..Default::default()
     };
     let memory = v2::MemoryStat {
@@ -99,6 +100,7 @@ fn to_v2(stats: &StatsContainerResponse) -> v2::Metrics {
         swap_usage: stats.memory.swap_usage,
         swap_limit: stats.memory.swap_limit,
         max_usage: stats.memory.max_usage,
+        psi: psi(stats.memory_pressure.as_ref()).into(),
         ..Default::default()
     };
     let io = v2::IOStat {
@@ -115,6 +117,7 @@ fn to_v2(stats: &StatsContainerResponse) -> v2::Metrics {
                 ..Default::default()
             })
             .collect(),
+        psi: psi(stats.io_pressure.as_ref()).into(),
         ..Default::default()
     };
     let memory_events = v2::MemoryEvents {
@@ -151,6 +154,26 @@ fn to_v2(stats: &StatsContainerResponse) -> v2::Metrics {
         network,
         ..Default::default()
     }
+}
+
+fn psi(pressure: Option<&PressureStats>) -> Option<v2::PSIStats> {
+    let data = |pressure: &Pressure| v2::PSIData {
+        avg10: percent(pressure.avg10),
+        avg60: percent(pressure.avg60),
+        avg300: percent(pressure.avg300),
+        total: pressure.total,
+        ..Default::default()
+    };
+    pressure.map(|pressure| v2::PSIStats {
+        some: pressure.some.as_ref().map(data).into(),
+        full: pressure.full.as_ref().map(data).into(),
+        ..Default::default()
+    })
+}
+
+/// What is no number cannot be told as JSON, and would take all other counters along.
+fn percent(value: f64) -> f64 {
+    if value.is_finite() { value } else { 0.0 }
 }
 
 fn to_v1(stats: &StatsContainerResponse) -> v1::Metrics {
@@ -336,6 +359,17 @@ mod tests {
                 wbytes: 9,
                 ..Default::default()
             }],
+            cpu_pressure: Some(PressureStats {
+                some: Some(Pressure {
+                    avg10: f64::NAN,
+                    avg60: 1.5,
+                    total: 8,
+                    ..Default::default()
+                })
+                .into(),
+                ..Default::default()
+            })
+            .into(),
             network: vec![NetworkStats {
                 name: "eth0".into(),
                 tx_bytes: 5,
@@ -354,6 +388,10 @@ mod tests {
         assert_eq!((metrics.memory.anon, metrics.memory.file), (1, 2));
         assert_eq!(metrics.memory.usage_limit, u64::MAX);
         assert_eq!(metrics.memory_events.oom_kill, 3);
+        let pressure = &metrics.cpu.psi.some;
+        assert_eq!((pressure.avg10, pressure.avg60), (0.0, 1.5));
+        assert_eq!(pressure.total, 8);
+        assert!(metrics.memory.psi.is_none());
         assert_eq!(metrics.pids.limit, u64::MAX);
         assert_eq!(metrics.io.usage[0].wbytes, 9);
         assert_eq!(metrics.network[0].tx_bytes, 5);

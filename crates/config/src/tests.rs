@@ -15,6 +15,7 @@ fn defaults_are_allowed_values() {
     let vm = Config::default().vm().clone();
     assert!(VCPUS.contains(&vm.vcpus()));
     assert!(MEMORY_MIB.contains(&vm.memory_mib()));
+    assert_eq!(vm.boot_timeout(), Duration::from_secs(30));
     assert!(vm.kernel().is_absolute() && vm.initramfs().is_absolute());
 }
 

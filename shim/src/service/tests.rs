@@ -537,7 +537,12 @@ async fn pause_and_resume_only_where_they_make_sense() {
         code(fixture.resume().await).1,
         "cannot resume a running container"
     );
+    fixture.exec("early").await.unwrap();
     fixture.pause().await.unwrap();
+    assert_eq!(
+        code(fixture.start("early").await),
+        (Code::UNKNOWN, "cannot exec in a paused state".to_owned())
+    );
     assert_eq!(fixture.state("").await.status(), ApiStatus::PAUSED);
     assert_eq!(
         code(fixture.pause().await).1,
@@ -553,10 +558,17 @@ async fn pause_and_resume_only_where_they_make_sense() {
     );
     fixture.resume().await.unwrap();
     assert_eq!(fixture.state("").await.status(), ApiStatus::RUNNING);
-    let events = fixture.topics_until("/tasks/resumed").await;
+    fixture.start("early").await.unwrap();
+    let events = fixture.topics_until("/tasks/exec-started").await;
     assert_eq!(
         topics(&events),
-        ["/tasks/start", "/tasks/paused", "/tasks/resumed"]
+        [
+            "/tasks/start",
+            "/tasks/exec-added",
+            "/tasks/paused",
+            "/tasks/resumed",
+            "/tasks/exec-started"
+        ]
     );
 }
 

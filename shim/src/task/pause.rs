@@ -10,6 +10,8 @@ impl Sandbox {
     pub(crate) async fn pause(&self, id: &str) -> Result<(), Error> {
         let container = self.container(id)?;
         container.begin_pause()?;
+        // From here on none begins.
+        container.settle_execs().await;
         let paused = container.vm().agent().pause_container(id).await;
         container.end_pause(paused.is_ok());
         paused?;

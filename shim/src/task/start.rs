@@ -62,7 +62,7 @@ impl Sandbox {
                 id: container.id().to_owned(),
             });
         }
-        exec.process.begin_start()?;
+        container.begin_exec(&exec)?;
         let size = exec.process.tty_size();
         if let Err(err) = self.run_exec(container, &exec).await {
             let exit = Exit::now(NOT_STARTED);
