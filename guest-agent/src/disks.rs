@@ -52,11 +52,11 @@ impl Disks {
             loop {
                 // Each disk is asked, and may take its time.
                 let wanted = serial.to_owned();
-                if let Some(name) = blocking(move || with_serial(Path::new(DISKS), &wanted))
+                if let Some(device) = blocking(move || ready(&wanted))
                     .await
                     .during("looking for the guest's disks")?
                 {
-                    return Ok(Path::new("/dev").join(name));
+                    return Ok(device);
                 }
                 // The sender is `self`.
                 let _ = news.changed().await;
@@ -129,6 +129,20 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
         Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+    }
+}
+
+/// The device of the disk with this serial, if it can be used. The kernel tells of a disk, by a uevent, after it can be opened,
+/// but shows its serial before that.
+fn ready(serial: &str) -> io::Result<Option<PathBuf>> {
+    let Some(name) = with_serial(Path::new(DISKS), serial)? else {
+        return Ok(None);
+    };
+    let device = Path::new("/dev").join(name);
+    match fs::File::open(&device).map_err(|error| error.raw_os_error()) {
+        Err(Some(libc::ENXIO | libc::ENOENT)) => Ok(None),
+        // What else is wrong with it is for whoever uses it to find.
+        _ => Ok(Some(device)),
     }
 }
 

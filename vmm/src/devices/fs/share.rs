@@ -14,7 +14,7 @@ use std::ffi::CStr;
 use std::fmt;
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
@@ -93,7 +93,8 @@ pub struct Share {
     fs: PassthroughFs,
     /// What the guest may take names and attributes for valid for where the folder itself changes: containers come and go.
     top_timeout: Duration,
-    writeback: bool,
+    /// Whether it was agreed that the guest keeps what is written.
+    writeback: AtomicBool,
     open: AtomicUsize,
     /// The abilities that the guest claimed at the last INIT, zero before it.
     capable: AtomicU64,
@@ -136,7 +137,7 @@ impl Share {
         Ok(Self {
             fs,
             top_timeout: timeout.min(TIMEOUT),
-            writeback,
+            writeback: AtomicBool::new(false),
             open: AtomicUsize::new(0),
             capable: AtomicU64::new(0),
         })
@@ -212,6 +213,8 @@ impl FileSystem for Share {
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         let wanted = self.fs.init(capable)?;
         self.capable.store(capable.bits(), Ordering::Relaxed);
+        let writeback = wanted.contains(FsOptions::WRITEBACK_CACHE);
+        self.writeback.store(writeback, Ordering::Relaxed);
         Ok(wanted | OPTIONS)
     }
 
@@ -315,7 +318,7 @@ impl FileSystem for Share {
         fuse_flags: u32,
     ) -> io::Result<usize> {
         let mut flags = open_flags(flags);
-        if self.writeback {
+        if self.writeback.load(Ordering::Relaxed) {
             // The guest has worked out where the end is, and writes what it kept in any order.
             flags &= !libc::O_APPEND.cast_unsigned();
         }
@@ -466,6 +469,20 @@ impl FileSystem for Share {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_guest_keeps_what_is_written_only_if_it_said_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let share = Share::new(folder.path(), CachePolicy::Auto, true).unwrap();
+        for (capable, keeps) in [
+            (FsOptions::WRITEBACK_CACHE, true),
+            (FsOptions::empty(), false),
+        ] {
+            share.init(capable).unwrap();
+            assert_eq!(share.writeback.load(Ordering::Relaxed), keeps);
+            share.destroy();
+        }
+    }
 
     #[test]
     fn what_is_read_of_a_folder_fits_the_answer() {

@@ -125,11 +125,14 @@ fn answer(
         .copied()
         .ok_or(RequestError::NoHeader)?;
 
-    // The library walks the chain again and may find another one, if the guest changes it meanwhile: it checks what it
-    // finds, and what it could be made to allocate is bounded by its own limits.
+    // The library walks the chain again and may find another one, if the guest changes it meanwhile. It checks what it finds,
+    // but allocates up to the length of that.
     let reader = Reader::from_descriptor_chain(memory, descriptors.clone())
         .map_err(RequestError::Changed)?;
     let writer = VirtioFsWriter::new(memory, descriptors).map_err(RequestError::Changed)?;
+    if reader.available_bytes() > MAX_MESSAGE || writer.available_bytes() > MAX_MESSAGE {
+        return Err(RequestError::TooLong);
+    }
     metrics.requests.inc();
     match server.handle_message(reader, Writer::VirtioFs(writer), None, None) {
         Ok(written) => Ok(u32::try_from(written).unwrap_or(u32::MAX)),
