@@ -50,10 +50,31 @@ as_root() {
     fi
 }
 
-# hardware_kvm - whether this machine can run VMs at full speed. /dev/kvm alone proves nothing: it
-# may be a software fallback, which cannot run a kernel in any useful time.
-hardware_kvm() {
-    grep -qwE 'svm|vmx' /proc/cpuinfo && [ -e /dev/kvm ]
+# why_no_kvm command|as_root - prints why this machine cannot run VMs at full speed for who runs this, or for root;
+# nothing if it can. /dev/kvm alone proves nothing: it may be a software fallback, which cannot run a kernel in any
+# useful time.
+why_no_kvm() {
+    if ! grep -qwE 'svm|vmx' /proc/cpuinfo; then
+        echo 'its processor offers no hardware virtualization'
+    elif [ ! -e /dev/kvm ]; then
+        echo '/dev/kvm is not there'
+    else
+        need_packages python3
+        # KVM_CREATE_VM
+        { "$1" python3 -c 'import fcntl; fcntl.ioctl(open("/dev/kvm", "r+b", buffering=0), 0xAE01, 0)' 2>&1 || :; } |
+            sed -n '$s|^|KVM refuses: |p'
+    fi
+}
+
+# why_no_nested_kvm - prints why a VM of this machine could not run VMs of its own at full speed; nothing if it could.
+why_no_nested_kvm() {
+    local why
+    why=$(why_no_kvm command)
+    if [ -n "$why" ]; then
+        printf '%s\n' "$why"
+    elif ! grep -qsE '^[Y1]' /sys/module/kvm_{amd,intel}/parameters/nested; then
+        echo 'its KVM does not let a VM have VMs of its own (the parameter nested of kvm_intel or kvm_amd)'
+    fi
 }
 
 # on_exit COMMAND - adds a clean-up step; steps run in reverse order however the script ends.

@@ -2,19 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
 import uuid
 
-IMAGE = "husk.test/busybox:latest"
+from machine import IMAGE, run
 
 
 def crictl(*arguments):
     """What crictl says, which must succeed."""
-    done = subprocess.run(["crictl", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"crictl {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}")
-    return done.stdout.strip()
+    return run("crictl", *arguments)
 
 
 class Pod:
