@@ -34,7 +34,7 @@ use crate::process::{Process, StdioRequest, Wiring};
 use crate::reaper::Reaper;
 use crate::signals::Signal;
 use crate::spec;
-use crate::storage;
+use crate::storage::{self, Removed};
 use crate::streams::{ChildEnds, Stdio, Streams};
 use crate::terminal::ConsoleSocket;
 
@@ -56,6 +56,7 @@ pub(crate) struct Containers {
     disks: Arc<Disks>,
     launcher: Launcher,
     share: OnceCell<()>,
+    removed: Removed,
     sysfs: OnceCell<()>,
     volumes: Volumes,
     names: AtomicU64,
@@ -133,6 +134,7 @@ impl Containers {
                 log_level,
             },
             share: OnceCell::new(),
+            removed: Removed::default(),
             sysfs: OnceCell::new(),
             volumes: Volumes::default(),
             names: AtomicU64::new(0),
@@ -180,6 +182,7 @@ impl Containers {
             self.share
                 .get_or_try_init(async || storage::mount_share(folder))
                 .await?;
+            self.removed.look();
         }
         if let Some(disk) = creation.root_disk {
             self.disks.mount_root(id, disk).await?;
@@ -389,6 +392,7 @@ impl Containers {
         }
         disks::unmount_root(id).await;
         self.forget(id);
+        self.removed.add(id);
         Ok(())
     }
 

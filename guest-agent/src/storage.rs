@@ -1,7 +1,10 @@
 //! What the agent mounts when the first container needs it: the folder that the host shares, with root file systems and
 //! volumes, and a sysfs for those with a user namespace.
 
+use std::collections::HashSet;
 use std::fs;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use husk_protocol::agent::Folder;
 use husk_protocol::{SHARE_MOUNT_POINT, SHARE_TAG};
@@ -30,6 +33,26 @@ pub(crate) fn mount_share(folder: &Folder) -> Result<()> {
         Some(folder.options.as_str()),
     )
     .during(failed())
+}
+
+/// Removed containers, by their ids, whose folders in the share the guest's kernel may still know.
+///
+/// The host takes such a folder away once the guest is done with the container. What the kernel knows of its files it would
+/// keep until it needs the memory, and for each of them the host's file server keeps a descriptor.
+#[derive(Debug, Default)]
+pub(crate) struct Removed(Mutex<HashSet<String>>);
+
+impl Removed {
+    pub(crate) fn add(&self, id: &str) {
+        let mut ids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ids.insert(id.to_owned());
+    }
+
+    /// Looks for the folders: of one that is gone, the kernel then forgets all that was in it.
+    pub(crate) fn look(&self) {
+        let mut ids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ids.retain(|id| fs::symlink_metadata(Path::new(SHARE_MOUNT_POINT).join(id)).is_ok());
+    }
 }
 
 /// Mounts a sysfs at [`SYSFS`]. Once, before the first container that binds it.

@@ -91,8 +91,6 @@ fn readdir_size(size: u32) -> u32 {
 /// thread's own rights, since the guest's kernel has checked the user's (the mount has `default_permissions`).
 pub struct Share {
     fs: PassthroughFs,
-    /// What the guest may take names and attributes for valid for where the folder itself changes: containers come and go.
-    top_timeout: Duration,
     /// Whether it was agreed that the guest keeps what is written.
     writeback: AtomicBool,
     open: AtomicUsize,
@@ -136,7 +134,6 @@ impl Share {
         })?;
         Ok(Self {
             fs,
-            top_timeout: timeout.min(TIMEOUT),
             writeback: AtomicBool::new(false),
             open: AtomicUsize::new(0),
             capable: AtomicU64::new(0),
@@ -229,7 +226,8 @@ impl FileSystem for Share {
         }
         let mut entry = self.fs.lookup(ctx, parent, name)?;
         if parent == ROOT_ID {
-            entry.entry_timeout = self.top_timeout;
+            // Containers come and go there. A guest that asks for one that is gone forgets all that was in it.
+            entry.entry_timeout = Duration::ZERO;
         }
         Ok(entry)
     }
