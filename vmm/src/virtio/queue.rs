@@ -34,6 +34,9 @@ const USED_ELEMENT: u64 = 8;
 /// than this share an interrupt; whoever waits for one before a slow one need not wait for both.
 pub const MAX_SILENCE: Duration = Duration::from_micros(100);
 
+/// How long a thread serves one queue before it looks at what else there is to do.
+const MAX_TURN: Duration = Duration::from_millis(10);
+
 /// The rings themselves are unusable. The device cannot go on without a reset.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
@@ -171,27 +174,27 @@ impl Virtqueue {
     /// Serves every chain that the driver has made available; returns each exactly once, with the number of bytes that
     /// `serve` says it wrote, and tells the driver at the end, or earlier if that takes longer than [`MAX_SILENCE`].
     ///
-    /// After a ring's worth of chains it kicks its own queue and returns, so that a driver that never stops cannot keep
-    /// the thread from its other descriptors.
+    /// After [`MAX_TURN`] it kicks its own queue and returns, so that neither a driver that never stops nor a ring full of slow
+    /// requests keeps the thread from its other descriptors, the order to stop among them.
     ///
     /// # Errors
     /// When the rings are unusable.
     pub fn drain(&mut self, mut serve: impl FnMut(Chain<'_>) -> u32) -> Result<(), QueueError> {
         let memory = self.memory();
-        let mut budget = self.queue.size();
-        let mut told = Instant::now();
+        let begun = Instant::now();
+        let mut told = begun;
         self.suppress_kicks()?;
         loop {
             while let Some(chain) = self.pop(&memory)? {
                 let head = chain.head();
                 let written = serve(chain);
                 self.push_used(head, written)?;
-                if told.elapsed() >= MAX_SILENCE {
+                let now = Instant::now();
+                if now - told >= MAX_SILENCE {
                     self.notify_if_needed()?;
-                    told = Instant::now();
+                    told = now;
                 }
-                budget = budget.saturating_sub(1);
-                if budget == 0 {
+                if now - begun >= MAX_TURN {
                     self.kick_self()?;
                     return self.notify_if_needed();
                 }

@@ -115,6 +115,22 @@ fn a_driver_that_waits_for_any_of_the_chains_is_told() {
 }
 
 #[test]
+fn slow_requests_are_served_a_turn_at_a_time() {
+    let mut scene = Scene::new(false);
+    let available = GuestAddress(AVAILABLE + 2);
+    scene.memory.write_obj(3_u16, available).unwrap();
+    for served in 1..=3 {
+        let slow = |_: Chain<'_>| {
+            std::thread::sleep(MAX_TURN);
+            0
+        };
+        scene.queue.drain(slow).unwrap();
+        assert_eq!(scene.used_index(), served);
+        scene.queue.kick().read().expect("it goes on");
+    }
+}
+
+#[test]
 fn positions_wrap_around() {
     let mut scene = Scene::new(true);
     for _ in 0..0xffff {
