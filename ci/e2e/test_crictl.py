@@ -187,16 +187,20 @@ class Crictl(PodCase):
     def test_what_the_machine_knew_of_a_containers_files_goes_with_it(self):
         if self.runtime != "husk":
             self.skipTest("other pods have no machine")
+        volume = os.path.join(self.folder, "volume")
+        for number in range(300):
+            os.makedirs(f"{volume}/{number}/below")
+        mounts = [{"host_path": volume, "container_path": "/volume"}]
         pod = self.pod()
         worker = json.loads(self.crictl("inspectp", pod.id, code=0).out)["info"]["pid"]
         known = []
         for _ in range(4):
-            # Each file that is looked at costs the worker a descriptor.
-            container = pod.start("sh", "-c", "find / -xdev >/dev/null; echo looked; exec sleep 100000")
+            # Each folder that is looked into costs the worker a descriptor.
+            container = pod.start("sh", "-c", "find /volume >/dev/null; echo looked; exec sleep 100000", mounts=mounts)
             wait_until(lambda: "looked" in container.logs, "find to end")  # pylint: disable=cell-var-from-loop
             known.append(len(os.listdir(f"/proc/{worker}/fd")))
             self.crictl("rm", "-f", container.id, code=0)
-        self.assertGreater(known[0], 200)
+        self.assertGreater(known[0], 300)
         self.assertLess(known[3], known[0] + 100, known)
 
     def test_a_container_for_debugging_sees_the_processes_of_its_target(self):

@@ -73,6 +73,19 @@ class Storage(Case):
         # What is open stays.
         self.assertEqual(task.exec("cat", "/proc/1/fd/0", code=0).out, "still there")
 
+    def test_many_files_cost_few_descriptors(self):
+        for number in range(5000):
+            path = f"{self.share}/{number // 100}"
+            os.makedirs(path, exist_ok=True)
+            with open(f"{path}/{number}", "wb"):
+                pass
+        task = self.start(options=self.mount())
+        self.assertEqual(task.exec("sh", "-c", "find /share -type f | wc -l", code=0).out, "5000")
+        task.exec("sh", "-c", "ls -lR /share >/dev/null", code=0)
+        self.assertLess(len(os.listdir(f"/proc/{task.pid}/fd")), 500)
+        task.exec("sh", "-c", "rm -r /share/*", code=0)
+        self.assertEqual(os.listdir(self.share), [])
+
     def write(self, content):
         with open(f"{self.share}/file", "w", encoding="ascii") as file:
             file.write(content)

@@ -170,6 +170,7 @@ impl Vm {
             shares: vec![ShareConfig {
                 tag: SHARE_TAG.to_owned(),
                 path: share.to_owned(),
+                cache: cache_policy(storage),
                 protocol: protocol(storage),
             }],
             disks: Vec::new(),
@@ -482,14 +483,17 @@ impl Starting {
 fn protocol(storage: Storage) -> ShareProtocol {
     match storage.sharing() {
         Sharing::VirtioFs => ShareProtocol::Fuse {
-            cache: match storage.cache() {
-                Cache::Auto => CachePolicy::Auto,
-                Cache::None => CachePolicy::None,
-                Cache::Always => CachePolicy::Always,
-            },
             writeback: storage.writeback(),
         },
         Sharing::NineP => ShareProtocol::P9,
+    }
+}
+
+fn cache_policy(storage: Storage) -> CachePolicy {
+    match storage.cache() {
+        Cache::Auto => CachePolicy::Auto,
+        Cache::None => CachePolicy::None,
+        Cache::Always => CachePolicy::Always,
     }
 }
 

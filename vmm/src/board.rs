@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
 use crate::bus::Buses;
-use crate::config::{CachePolicy, DeviceConfig, ShareConfig, ShareProtocol, VmConfig};
+use crate::config::{DeviceConfig, ShareConfig, ShareProtocol, VmConfig};
 use crate::devices::balloon::BalloonDevice;
 use crate::devices::console::ConsoleDevice;
 use crate::devices::fs::{FsDevice, Share, Tag};
@@ -237,20 +237,18 @@ fn add_platform_devices(
     Ok((serial, hotplug))
 }
 
-/// The device of a shared folder.
-fn make_share(share: &ShareConfig, setup: ThreadSetup) -> Result<Made, Error> {
+/// The device of a shared folder, for so many vCPUs.
+fn make_share(share: &ShareConfig, vcpus: u8, setup: ThreadSetup) -> Result<Made, Error> {
     let name = format!("file system ({})", share.tag);
     let tag = Tag::try_from(share.tag.clone()).map_err(|err| broken(&name, err))?;
     let label = share.tag.clone();
-    let (cache, writeback) = match share.protocol {
-        ShareProtocol::Fuse { cache, writeback } => (cache, writeback),
-        // Its client asks for whatever it wants to know.
-        ShareProtocol::P9 => (CachePolicy::None, false),
-    };
-    let exported = Share::new(&share.path, cache, writeback).map_err(|err| broken(&name, err))?;
+    let writeback = share.protocol == ShareProtocol::Fuse { writeback: true };
+    let exported =
+        Share::new(&share.path, share.cache, writeback).map_err(|err| broken(&name, err))?;
     Ok(match share.protocol {
         ShareProtocol::Fuse { .. } => {
-            let fs = FsDevice::new(tag, exported, setup).map_err(|err| broken(&name, err))?;
+            let fs =
+                FsDevice::new(tag, exported, vcpus, setup).map_err(|err| broken(&name, err))?;
             let metrics = fs.metrics();
             Made::new(fs, move |into| metrics.collect(&label, into))
         }
@@ -293,7 +291,7 @@ fn add_virtio_devices(
     slots.add(Made::new(vsock, move |into| metrics.collect(into)))?;
 
     for share in &config.shares {
-        slots.add(make_share(share, setup)?)?;
+        slots.add(make_share(share, config.max_vcpus, setup)?)?;
     }
 
     for (disk, file) in config.disks.iter().zip(parts.disks) {

@@ -46,6 +46,8 @@ pub struct ShareConfig {
     pub tag: String,
     /// The folder, an absolute path in the worker's mount namespace before it is jailed.
     pub path: std::path::PathBuf,
+    /// How far the guest relies on what it has read before.
+    pub cache: CachePolicy,
     /// By which device.
     pub protocol: ShareProtocol,
 }
@@ -56,13 +58,11 @@ pub struct ShareConfig {
 pub enum ShareProtocol {
     /// FUSE: virtio-fs.
     Fuse {
-        /// How far the guest relies on what it has read before.
-        cache: CachePolicy,
         /// The guest keeps what is written until `fsync`, `close` or its kernel finds the time to tell the worker, and
         /// decides on times and lengths of files itself. Without effect where nothing is kept ([`CachePolicy::None`]).
         writeback: bool,
     },
-    /// 9P2000.L: the 9P transport. What the guest relies on is for its client to decide.
+    /// 9P2000.L: the 9P transport.
     P9,
 }
 
@@ -460,6 +460,7 @@ mod tests {
         let share = |tag: &str| ShareConfig {
             tag: tag.to_owned(),
             path: "/".into(),
+            cache: CachePolicy::Auto,
             protocol: ShareProtocol::P9,
         };
         let disk = |serial: &str| DiskConfig {

@@ -238,10 +238,8 @@ fn guest_runs_jailed_until_it_powers_off() {
         config.shares.push(ShareConfig {
             tag: "share".to_owned(),
             path: share.path().to_owned(),
-            protocol: ShareProtocol::Fuse {
-                cache: CachePolicy::Auto,
-                writeback: false,
-            },
+            cache: CachePolicy::Auto,
+            protocol: ShareProtocol::Fuse { writeback: false },
         });
     });
     assert_eq!(booted, Ok(Reply::Booted));
@@ -466,10 +464,8 @@ fn what_cannot_boot_is_told_and_ends_the_worker() {
         config.shares.push(ShareConfig {
             tag: "share".to_owned(),
             path: "/does/not/exist".into(),
-            protocol: ShareProtocol::Fuse {
-                cache: CachePolicy::Auto,
-                writeback: false,
-            },
+            cache: CachePolicy::Auto,
+            protocol: ShareProtocol::Fuse { writeback: false },
         });
     };
     let message = worker.boot("", missing).unwrap_err();

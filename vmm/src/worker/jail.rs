@@ -4,8 +4,8 @@
 //! filters belong to threads and every later thread inherits them:
 //!
 //! 1. mount, network, IPC and UTS namespaces of its own;
-//! 2. a root made of a small read-only tmpfs that holds the shared folders at their own paths, `/dev/kvm`, and two
-//!    entries of `/proc/self` for the file server. Mounts that the shim makes below a shared folder later propagate into
+//! 2. a root made of a small read-only tmpfs that holds the shared folders at their own paths, `/dev/kvm`, and
+//!    `/proc/self/fd` for the file server. Mounts that the shim makes below a shared folder later propagate into
 //!    it, so long as the shim's are `MS_SHARED`; none travels back;
 //! 3. no capability but those of a file server, no new privileges, no core dumps, no ptrace by others.
 //!
@@ -41,8 +41,8 @@ const STAGE: &str = "/dev";
 
 const KVM: &str = "/dev/kvm";
 
-/// By its descriptors the file server opens again what it has looked up; it also looks at the mounts, which are the jail's.
-const OF_PROC: [&str; 2] = ["/proc/self/fd", "/proc/self/mountinfo"];
+/// By its descriptors the file server opens what it has found.
+const DESCRIPTORS: &str = "/proc/self/fd";
 
 /// Room for the folders and empty files on which the jail's mounts stand.
 const ROOT_OPTIONS: &CStr = c"size=64k,mode=0755";
@@ -116,7 +116,7 @@ fn change_root<'a>(shared: impl Iterator<Item = &'a Path>) -> Result<(), JailErr
 
     // Taken hold of first: the stage may hide them.
     let mut parts = Vec::new();
-    let own = std::iter::once(KVM).chain(OF_PROC).map(Path::new);
+    let own = [KVM, DESCRIPTORS].into_iter().map(Path::new);
     for path in own.chain(shared) {
         parts.push(Part::open(path)?);
     }

@@ -46,10 +46,8 @@ fn a_folder_is_shared_both_ways() {
     guest.config.shares = vec![ShareConfig {
         tag: "husk".to_owned(),
         path: folder.path().to_owned(),
-        protocol: ShareProtocol::Fuse {
-            cache: CachePolicy::Auto,
-            writeback: false,
-        },
+        cache: CachePolicy::Auto,
+        protocol: ShareProtocol::Fuse { writeback: false },
     }];
     let (reason, output) = guest.start().end();
     assert_eq!(reason, ExitReason::PowerOff, "{output}");

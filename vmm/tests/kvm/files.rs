@@ -94,10 +94,8 @@ fn a_shared_folder_behaves_as_a_file_system() {
     guest.config.shares = vec![ShareConfig {
         tag: "husk".to_owned(),
         path: folder.path().to_owned(),
-        protocol: ShareProtocol::Fuse {
-            cache: CachePolicy::Auto,
-            writeback: false,
-        },
+        cache: CachePolicy::Auto,
+        protocol: ShareProtocol::Fuse { writeback: false },
     }];
     assert_passed(guest);
 }

@@ -37,10 +37,8 @@ pub(super) fn check(vm: &husk_config::Vm, shim: &Path) -> Result<String, Problem
         shares: vec![ShareConfig {
             tag: SHARE_TAG.to_owned(),
             path: share.path().to_owned(),
-            protocol: ShareProtocol::Fuse {
-                cache: CachePolicy::Auto,
-                writeback: false,
-            },
+            cache: CachePolicy::Auto,
+            protocol: ShareProtocol::Fuse { writeback: false },
         }],
         disks: Vec::new(),
         nics: Vec::new(),

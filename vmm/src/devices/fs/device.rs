@@ -1,11 +1,13 @@
-//! The driver sends FUSE requests in the request queue, and those that cannot wait (FORGET, INTERRUPT) in the hiprio
-//! queue; the device answers them in the same chain. The backend is a [`Share`]; one thread, which switches to the uid
-//! and gid of whoever makes a file, serves both queues.
+//! The driver sends FUSE requests in the request queues, and those that cannot wait (FORGET, INTERRUPT) in the hiprio
+//! queue; the device answers them in the same chain. The backend is a [`Share`]. Each request queue has a thread, which
+//! switches to the uid and gid of whoever makes a file, so that what one waits for (an fsync) does not keep the others; the
+//! first one's serves the hiprio queue as well.
 
 use std::io;
 use std::sync::Arc;
 
 use fuse_backend_rs::api::filesystem::{FileSystem, FsOptions};
+use fuse_backend_rs::api::server::Server;
 use rustix::thread::{
     CapabilitiesSecureBits, capabilities_secure_bits, set_capabilities_secure_bits,
 };
@@ -16,7 +18,7 @@ use super::metrics::FsMetrics;
 use super::share::Share;
 use super::worker::FsWorker;
 use crate::snapshot::{RestoreError, Snapshot};
-use crate::virtio::queue::{QueueError, take_queues};
+use crate::virtio::queue::{QueueError, Virtqueue, take_queue};
 use crate::virtio::worker::{ThreadSetup, Worker};
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, read_config_space,
@@ -24,12 +26,16 @@ use crate::virtio::{
 
 /// Index of the queue of requests that cannot wait.
 pub const HIPRIO_QUEUE: u16 = 0;
-/// Index of the queue of all other requests.
+/// Index of the first queue of all other requests.
 pub const REQUEST_QUEUE: u16 = 1;
 
+/// Most queues of requests.
+const MAX_REQUEST_QUEUES: u8 = 4;
+
+const HIPRIO_QUEUE_SIZE: u16 = 128;
 /// A request of 1 MiB has 256 buffers and some. Linux limits its requests by the size of the queue, even where it uses
 /// indirect descriptors.
-const QUEUE_SIZES: [u16; 2] = [128, 1024];
+const REQUEST_QUEUE_SIZE: u16 = 1024;
 
 /// Why the device cannot go on, or cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -81,29 +87,37 @@ const CONFIG_LEN: usize = Tag::MAX_LEN + size_of::<u32>();
 pub struct FsDevice {
     tag: Tag,
     config: [u8; CONFIG_LEN],
-    worker: Worker<FsWorker>,
+    queue_sizes: Vec<u16>,
+    /// One for each queue of requests.
+    workers: Vec<Worker<FsWorker>>,
     share: Arc<Share>,
     metrics: Arc<FsMetrics>,
 }
 
 impl FsDevice {
-    /// Makes the device and its thread.
+    /// Makes the device for a guest of so many vCPUs, and its threads.
     ///
-    /// The thread must run as root, and keeps its capabilities when it switches to a user of the guest, so that files
+    /// They must run as root, and keep their capabilities when they switch to a user of the guest, so that files
     /// can be made by right of a supplementary group, which the host does not know of: whether they may be is for the
-    /// guest's kernel to say. For this it needs SECBIT_NO_SETUID_FIXUP, which it sets where it may.
+    /// guest's kernel to say. For this they need SECBIT_NO_SETUID_FIXUP, which they set where they may.
     ///
     /// # Errors
-    /// When the thread cannot be made.
-    pub fn new(tag: Tag, share: Share, setup: ThreadSetup) -> Result<Self, FsError> {
+    /// When a thread cannot be made.
+    pub fn new(tag: Tag, share: Share, vcpus: u8, setup: ThreadSetup) -> Result<Self, FsError> {
+        let queues = vcpus.clamp(1, MAX_REQUEST_QUEUES);
         let mut config = [0; CONFIG_LEN];
         config[..tag.0.len()].copy_from_slice(tag.0.as_bytes());
-        config[Tag::MAX_LEN..].copy_from_slice(&1_u32.to_le_bytes());
+        config[Tag::MAX_LEN..].copy_from_slice(&u32::from(queues).to_le_bytes());
+        let workers = (0..queues)
+            .map(|_| Worker::spawn("fs", DeviceType::Fs, for_users(setup)))
+            .collect::<Result<_, _>>()
+            .map_err(FsError::Start)?;
+        let requests = std::iter::repeat_n(REQUEST_QUEUE_SIZE, queues.into());
         Ok(Self {
             tag,
             config,
-            worker: Worker::spawn("fs", DeviceType::Fs, for_users(setup))
-                .map_err(FsError::Start)?,
+            queue_sizes: std::iter::once(HIPRIO_QUEUE_SIZE).chain(requests).collect(),
+            workers,
             share: Arc::new(share),
             metrics: Arc::default(),
         })
@@ -153,7 +167,7 @@ impl VirtioDevice for FsDevice {
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -161,25 +175,61 @@ impl VirtioDevice for FsDevice {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let interrupt = Arc::clone(&activation.interrupt);
-        let [hiprio, requests] = take_queues(activation, [HIPRIO_QUEUE, REQUEST_QUEUE])?;
-        let serve = FsWorker::new(
-            hiprio,
-            requests,
-            Arc::clone(&self.share),
-            Arc::clone(&self.metrics),
-        );
-        self.worker.start(serve, interrupt)
+        let Activation {
+            memory,
+            mut queues,
+            interrupt,
+            ..
+        } = activation;
+        let memory = Arc::new(memory);
+        let mut take = |index| {
+            let queue = take_queue(&mut queues, index)?;
+            Some(Virtqueue::new(
+                queue,
+                Arc::clone(&memory),
+                Arc::clone(&interrupt),
+            ))
+        };
+        let mut hiprio = Some(take(HIPRIO_QUEUE).ok_or(ActivateError::MissingQueue {
+            index: HIPRIO_QUEUE,
+        })?);
+        // What is agreed on in one queue holds for all.
+        let server = Arc::new(Server::new(Arc::clone(&self.share)));
+        for (worker, index) in self.workers.iter_mut().zip(REQUEST_QUEUE..) {
+            let Some(requests) = take(index) else {
+                if index == REQUEST_QUEUE {
+                    return Err(ActivateError::MissingQueue { index });
+                }
+                // The driver does without it.
+                continue;
+            };
+            let serve = FsWorker::new(
+                hiprio.take().into_iter().chain([requests]).collect(),
+                Arc::clone(&server),
+                Arc::clone(&self.share),
+                Arc::clone(&self.metrics),
+            );
+            worker.start(serve, Arc::clone(&interrupt))?;
+        }
+        Ok(())
     }
 
     fn pause(&mut self) -> Vec<ActiveQueue> {
-        self.worker
-            .stop()
-            .map_or_else(Vec::new, FsWorker::into_queues)
+        self.workers
+            .iter_mut()
+            .filter_map(Worker::stop)
+            .flat_map(FsWorker::into_queues)
+            .collect()
     }
 
     fn reset(&mut self) {
-        self.worker.reset();
+        if let Some((first, others)) = self.workers.split_first_mut() {
+            for worker in others {
+                worker.stop();
+            }
+            // Closes all that the guest had open, now that no other thread opens more.
+            first.reset();
+        }
     }
 }
 
@@ -190,6 +240,8 @@ impl VirtioDevice for FsDevice {
 pub struct FsState {
     /// The tag.
     pub tag: String,
+    /// Number of queues of requests.
+    pub queues: usize,
     /// The abilities that the guest claimed in FUSE_INIT, if it has sent that.
     pub capable: Option<u64>,
 }
@@ -200,6 +252,7 @@ impl Snapshot for FsDevice {
     fn save(&self) -> FsState {
         FsState {
             tag: self.tag.0.clone(),
+            queues: self.workers.len(),
             capable: self.share.capable(),
         }
     }
@@ -209,10 +262,11 @@ impl Snapshot for FsDevice {
             device: "fs",
             reason,
         };
-        if state.tag != self.tag.0 {
+        let own = (&self.tag.0, self.workers.len());
+        if (&state.tag, state.queues) != own {
             return Err(refuse(format!(
-                "its tag is {:?}, not {:?}",
-                state.tag, self.tag.0
+                "tag and queues are {own:?}, not {:?}",
+                (&state.tag, state.queues)
             )));
         }
         if let Some(capable) = state.capable {

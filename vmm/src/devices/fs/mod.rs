@@ -1,8 +1,8 @@
 //! The file system device (virtio 1.3, 5.11): a folder of the host, served to the guest's FUSE client. Queues:
-//! [`HIPRIO_QUEUE`] and one [`REQUEST_QUEUE`]. Configuration space: the tag and the number of request queues. Features:
-//! indirect descriptors; no notification queue, no DAX window.
+//! [`HIPRIO_QUEUE`] and, from [`REQUEST_QUEUE`] on, one for each vCPU, four at most. Configuration space: the tag and the
+//! number of request queues. Features: indirect descriptors; no notification queue, no DAX window.
 //!
-//! FUSE is fuse-backend-rs's; [`Share`] is what makes its passthrough file system fit for a hostile guest.
+//! The protocol is fuse-backend-rs's; [`Share`] is the file system.
 
 mod device;
 mod metrics;
@@ -14,4 +14,5 @@ mod worker;
 pub(super) use device::for_users;
 pub use device::{FsDevice, FsError, FsState, HIPRIO_QUEUE, REQUEST_QUEUE, Tag};
 pub use metrics::FsMetrics;
+pub(super) use share::MAX_NODES;
 pub use share::Share;

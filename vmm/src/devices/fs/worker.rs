@@ -2,6 +2,7 @@
 //! and answered after.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
 use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
@@ -10,11 +11,11 @@ use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use vm_memory::ByteValued;
 
-use super::device::{FsError, HIPRIO_QUEUE};
+use super::device::FsError;
 use super::metrics::FsMetrics;
 use super::share::Share;
 use crate::virtio::ActiveQueue;
-use crate::virtio::queue::{Chain, ChainError, Virtqueue};
+use crate::virtio::queue::{Chain, ChainError, Virtqueue, Writable};
 use crate::virtio::worker::{Poll, Serve};
 
 /// Most bytes that a request, or an answer, may have: the payload that is agreed on, and headers. Memory for an answer is
@@ -23,9 +24,8 @@ const MAX_MESSAGE: usize = MAX_BUFFER_SIZE as usize + 8192;
 
 /// What exists only while active.
 pub(super) struct FsWorker {
-    hiprio: Virtqueue,
-    requests: Virtqueue,
-    server: Server<Arc<Share>>,
+    queues: Vec<Virtqueue>,
+    server: Arc<Server<Arc<Share>>>,
     share: Arc<Share>,
     metrics: Arc<FsMetrics>,
 }
@@ -51,22 +51,22 @@ enum RequestError {
 
 impl FsWorker {
     pub(super) fn new(
-        hiprio: Virtqueue,
-        requests: Virtqueue,
+        queues: Vec<Virtqueue>,
+        server: Arc<Server<Arc<Share>>>,
         share: Arc<Share>,
         metrics: Arc<FsMetrics>,
     ) -> Self {
         Self {
-            hiprio,
-            requests,
-            server: Server::new(Arc::clone(&share)),
+            queues,
+            server,
             share,
             metrics,
         }
     }
 
     pub(super) fn into_queues(self) -> Vec<ActiveQueue> {
-        vec![self.hiprio.into_active(), self.requests.into_active()]
+        let queues = self.queues.into_iter();
+        queues.map(Virtqueue::into_active).collect()
     }
 }
 
@@ -74,24 +74,21 @@ impl Serve for FsWorker {
     type Error = FsError;
 
     fn queues(&self) -> Vec<&Virtqueue> {
-        vec![&self.hiprio, &self.requests]
+        self.queues.iter().collect()
     }
 
     fn kicked(&mut self, index: u16, _poll: &Poll) -> Result<(), FsError> {
         let Self {
-            hiprio,
-            requests,
+            queues,
             server,
+            share,
             metrics,
-            ..
         } = self;
-        let queue = if index == HIPRIO_QUEUE {
-            hiprio
-        } else {
-            requests
+        let Some(queue) = queues.iter_mut().find(|queue| queue.index() == index) else {
+            return Ok(());
         };
         queue.drain(|chain| {
-            answer(chain, server, metrics).unwrap_or_else(|err| {
+            answer(chain, server, share, metrics).unwrap_or_else(|err| {
                 metrics.bad_chains.inc();
                 log::debug!("file system request refused: {err}");
                 0
@@ -109,6 +106,7 @@ impl Serve for FsWorker {
 fn answer(
     chain: Chain<'_>,
     server: &Server<Arc<Share>>,
+    share: &Share,
     metrics: &FsMetrics,
 ) -> Result<u32, RequestError> {
     let descriptors = chain.descriptors();
@@ -124,6 +122,11 @@ fn answer(
     let header = InHeader::from_slice(&raw)
         .copied()
         .ok_or(RequestError::NoHeader)?;
+
+    if let Some(answer) = share.serve_newer(&header, &mut request) {
+        metrics.requests.inc();
+        return Ok(write_answer(&mut room, header.unique, answer));
+    }
 
     // The library walks the chain again and may find another one, if the guest changes it meanwhile. It checks what it finds,
     // but allocates up to the length of that.
@@ -143,15 +146,25 @@ fn answer(
                 return Ok(0);
             }
             // Without this the guest's caller would wait for ever.
-            let refusal = OutHeader {
-                len: u32::try_from(size_of::<OutHeader>()).expect("a header is short"),
-                error: -libc::EIO,
-                unique: header.unique,
-            };
-            let written = room.write(refusal.as_slice());
-            Ok(u32::try_from(written).expect("a header is short"))
+            let refusal = Err(io::Error::from_raw_os_error(libc::EIO));
+            Ok(write_answer(&mut room, header.unique, refusal))
         }
     }
+}
+
+/// Answers the request `unique`. Returns how many bytes that took.
+fn write_answer(room: &mut Writable<'_>, unique: u64, answer: io::Result<Vec<u8>>) -> u32 {
+    let (error, body) = match answer {
+        Ok(body) => (0, body),
+        Err(err) => (-err.raw_os_error().unwrap_or(libc::EIO), Vec::new()),
+    };
+    let header = OutHeader {
+        len: u32::try_from(size_of::<OutHeader>() + body.len()).expect("an answer is short"),
+        error,
+        unique,
+    };
+    let written = room.write(&[header.as_slice(), &body].concat());
+    u32::try_from(written).expect("an answer is short")
 }
 
 fn expects_answer(opcode: u32) -> bool {

@@ -26,6 +26,7 @@ pub(super) const SERVER: Context = Context {
 pub(super) struct Node {
     pub(super) share: Arc<Share>,
     pub(super) number: u64,
+    path: u64,
     /// Of `st_mode`, the type, which a file keeps for life.
     kind: u32,
 }
@@ -47,6 +48,8 @@ impl Node {
         Self {
             share: Arc::clone(share),
             number,
+            // It is known, since there is a reference to it.
+            path: share.fingerprint(number, None).unwrap_or(number),
             kind: stat.st_mode & libc::S_IFMT,
         }
     }
@@ -62,8 +65,8 @@ impl Node {
     pub(super) fn qid(&self, stat: &stat64) -> Qid {
         Qid {
             kind: qid_kind(self.kind),
-            version: version_of(stat),
-            path: self.number,
+            version: version_of(stat, self.share.cache()),
+            path: self.path,
         }
     }
 }

@@ -23,7 +23,7 @@ use super::data::{Data, Room};
 use super::fid::{Fid, NewValue, Node, OpenFile, SERVER, State};
 use super::message::{Answer, Attributes, HEADER_LEN, NONE, Qid, Request};
 use super::translate::{open_flags, qid_kind, to_fuse};
-use crate::devices::fs::Share;
+use crate::devices::fs::{MAX_NODES, Share};
 use crate::virtio::queue::{Readable, Writable};
 
 /// Most bytes of a message: 512 KiB of data and what stands before it. Linux's transport takes 500 KiB at most.
@@ -32,8 +32,9 @@ pub(super) const MAX_MSIZE: usize = 512 * 1024 + 24;
 /// Fewest bytes that a guest may agree to: Linux refuses less as well.
 const MIN_MSIZE: usize = 4096;
 
-/// Most fids, as many as the share lets be open. Each costs a little memory and keeps at most one descriptor.
-const MAX_FIDS: usize = 64 * 1024;
+/// Most fids: a client that keeps all that it knows has one for each file, and the share knows no more files.
+/// A test that makes them all one message at a time would take a minute.
+const MAX_FIDS: usize = if cfg!(test) { 4096 } else { MAX_NODES };
 
 /// Most fids that hold the value of an extended attribute, of [`MAX_VALUE`] bytes each. A client has one for as long as it
 /// takes to read or write the attribute.
@@ -362,7 +363,7 @@ impl Server {
         }
         let mut qids = Vec::new();
         for name in names {
-            match self.share.lookup(&SERVER, node.number, name) {
+            match self.share.walk(node.number, name) {
                 Ok(entry) => {
                     node = Arc::new(Node::new(&self.share, &entry));
                     qids.push(node.qid(&entry.attr));
@@ -480,7 +481,7 @@ impl Server {
             let qid = Qid {
                 kind: qid_kind(u32::from(kind) << 12),
                 version: 0,
-                path: entry.ino,
+                path: self.share.fingerprint(open.node.number, Some(entry.ino))?,
             };
             entries = std::mem::take(&mut entries)
                 .qid(qid)

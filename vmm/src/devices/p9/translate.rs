@@ -7,6 +7,7 @@ use fuse_backend_rs::api::filesystem::{Entry, SetattrValid};
 use rustix::io::Errno;
 
 use super::message::Attributes;
+use crate::config::CachePolicy;
 
 /// The type of a file as qids have it.
 pub(super) fn qid_kind(mode: u32) -> u8 {
@@ -18,7 +19,13 @@ pub(super) fn qid_kind(mode: u32) -> u8 {
 }
 
 /// A number that changes with the content. Never zero: Linux keeps no pages of files that have no version.
-pub(super) fn version_of(stat: &stat64) -> u32 {
+///
+/// Where nobody else changes files it stays the same: a client that keeps all that it knows takes a file of another version
+/// for another file, and so would keep the content twice of one that has two names.
+pub(super) fn version_of(stat: &stat64, cache: CachePolicy) -> u32 {
+    if cache == CachePolicy::Always {
+        return 1;
+    }
     let time = stat
         .st_mtime
         .wrapping_mul(1_000_000_000)

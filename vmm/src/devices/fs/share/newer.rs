@@ -1,0 +1,179 @@
+//! FUSE requests that the library does not know: FUSE_COPY_FILE_RANGE, FUSE_SYNCFS, FUSE_TMPFILE and FUSE_STATX
+//! (include/uapi/linux/fuse.h of Linux 6.12). A guest's kernel that is told ENOSYS does without, but then a copy goes
+//! through the guest, syncfs(2) makes nothing durable, and files without a name or times of birth are not to be had.
+
+use std::io;
+
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, EntryOut, InHeader, OpenOut};
+use fuse_backend_rs::api::filesystem::Context;
+use rustix::fs::{Mode, OFlags, Statx, StatxFlags, StatxTimestamp};
+use rustix::io::Errno;
+use vm_memory::ByteValued;
+
+use super::{Share, as_user, mode_of, node, open_flags};
+use crate::virtio::queue::Readable;
+
+const COPY_FILE_RANGE: u32 = 47;
+const SYNCFS: u32 = 50;
+const TMPFILE: u32 = 51;
+const STATX: u32 = 52;
+
+/// Most bytes that one request copies: those after it wait meanwhile. Who copies goes on where this ends.
+const MAX_COPY: u64 = 16 << 20;
+
+/// FUSE_GETATTR_FH.
+const BY_HANDLE: u32 = 1;
+
+/// fuse_copy_file_range_in.
+#[derive(Debug, Default, Clone, Copy)]
+#[repr(C)]
+struct CopyFileRangeIn {
+    fh_in: u64,
+    off_in: u64,
+    nodeid_out: u64,
+    fh_out: u64,
+    off_out: u64,
+    len: u64,
+    flags: u64,
+}
+
+/// fuse_statx_in.
+#[derive(Debug, Default, Clone, Copy)]
+#[repr(C)]
+struct StatxIn {
+    getattr_flags: u32,
+    reserved: u32,
+    fh: u64,
+    sx_flags: u32,
+    sx_mask: u32,
+}
+
+// SAFETY: integers without padding, for which every bit pattern is valid.
+unsafe impl ByteValued for CopyFileRangeIn {}
+// SAFETY: as above.
+unsafe impl ByteValued for StatxIn {}
+
+impl Share {
+    /// Serves the request `header`, of which `body` is what follows, if it is one of these.
+    pub(in crate::devices::fs) fn serve_newer(
+        &self,
+        header: &InHeader,
+        body: &mut Readable<'_>,
+    ) -> Option<io::Result<Vec<u8>>> {
+        let ctx = Context::from(header);
+        Some(match header.opcode {
+            COPY_FILE_RANGE => read(body).and_then(|asked| self.copy_range(header.nodeid, &asked)),
+            SYNCFS => self.sync_fs(header.nodeid).map(|()| Vec::new()),
+            // A name follows, which is nobody's.
+            TMPFILE => read(body).and_then(|asked| self.make_unnamed(&ctx, header.nodeid, &asked)),
+            STATX => read(body).and_then(|asked| self.statx(header.nodeid, &asked)),
+            _ => return None,
+        })
+    }
+
+    fn copy_range(&self, inode: u64, asked: &CopyFileRangeIn) -> io::Result<Vec<u8>> {
+        if asked.flags != 0 {
+            return Err(Errno::INVAL.into());
+        }
+        let from = self.open.get(asked.fh_in, inode)?;
+        let to = self.open.get(asked.fh_out, asked.nodeid_out)?;
+        // The host refuses what is to be appended.
+        let _as_wanted = to.appending(false)?;
+        let (mut read_at, mut write_at) = (asked.off_in, asked.off_out);
+        let len = usize::try_from(asked.len.min(MAX_COPY)).expect("it was limited");
+        let copied = rustix::fs::copy_file_range(
+            from.file(),
+            Some(&mut read_at),
+            to.file(),
+            Some(&mut write_at),
+            len,
+        )?;
+        let copied = u32::try_from(copied).expect("no more than was asked for");
+        // fuse_write_out.
+        Ok([copied.to_le_bytes(), [0; 4]].concat())
+    }
+
+    /// Makes all of the file system durable that the node is on.
+    fn sync_fs(&self, inode: u64) -> io::Result<()> {
+        let anchor = self.nodes.descriptor(inode)?;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = self.reopen(&anchor, self.nodes.kind(inode)?, flags)?;
+        Ok(rustix::fs::syncfs(file)?)
+    }
+
+    /// Makes a file without a name in a folder (O_TMPFILE). It may be given one by a FUSE_LINK.
+    fn make_unnamed(&self, ctx: &Context, parent: u64, asked: &CreateIn) -> io::Result<Vec<u8>> {
+        self.open.check_room()?;
+        let flags = open_flags(asked.flags);
+        let mode: Mode = mode_of(asked.mode, self.umask(parent, asked.umask)?);
+        let dir = self.nodes.descriptor(parent)?;
+        // O_EXCL says that it shall never have a name, which is for the guest's kernel to see to as well.
+        let new = self.host_flags(flags) | OFlags::TMPFILE;
+        let file = as_user(ctx, || rustix::fs::openat(&*dir, c".", new, mode))?;
+        let entry = self.entry(parent, c"", &node::stat(&file, c"")?)?;
+        let anchor = self
+            .anchor(entry.inode, &file)
+            .inspect_err(|_| self.nodes.forget(entry.inode, 1))?;
+        let opened = self.opened(entry.inode, file.into(), anchor, flags);
+        let open = OpenOut {
+            fh: opened.handle,
+            open_flags: opened.options.bits(),
+            ..OpenOut::default()
+        };
+        Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
+    }
+
+    fn statx(&self, inode: u64, asked: &StatxIn) -> io::Result<Vec<u8>> {
+        let handle = (asked.getattr_flags & BY_HANDLE != 0).then_some(asked.fh);
+        let stat = self.stat(inode, handle)?;
+        // fuse_statx_out: how long it is valid, flags, and room to spare.
+        let mut answer = Vec::with_capacity(288);
+        answer.extend(self.timeout.as_secs().to_le_bytes());
+        answer.extend(self.timeout.subsec_nanos().to_le_bytes());
+        answer.extend([0; 20]);
+        append_statx(&mut answer, &stat);
+        Ok(answer)
+    }
+}
+
+fn read<T: ByteValued + Default>(body: &mut Readable<'_>) -> io::Result<T> {
+    Ok(body.read_obj().ok_or(Errno::INVAL)?)
+}
+
+/// fuse_statx, which is laid out as `struct statx` is.
+fn append_statx(answer: &mut Vec<u8>, stat: &Statx) {
+    let told = (StatxFlags::BASIC_STATS | StatxFlags::BTIME).bits() & stat.stx_mask;
+    let time = |time: &StatxTimestamp| {
+        let mut bytes = time.tv_sec.to_le_bytes().to_vec();
+        bytes.extend(u64::from(time.tv_nsec).to_le_bytes());
+        bytes
+    };
+    answer.extend(told.to_le_bytes());
+    answer.extend(stat.stx_blksize.to_le_bytes());
+    // Attributes: the guest does not ask for them.
+    answer.extend([0; 8]);
+    for number in [stat.stx_nlink, stat.stx_uid, stat.stx_gid] {
+        answer.extend(number.to_le_bytes());
+    }
+    answer.extend(u32::from(stat.stx_mode).to_le_bytes());
+    for number in [stat.stx_ino, stat.stx_size, stat.stx_blocks, 0] {
+        answer.extend(number.to_le_bytes());
+    }
+    for moment in [
+        &stat.stx_atime,
+        &stat.stx_btime,
+        &stat.stx_ctime,
+        &stat.stx_mtime,
+    ] {
+        answer.extend(time(moment));
+    }
+    for number in [
+        stat.stx_rdev_major,
+        stat.stx_rdev_minor,
+        stat.stx_dev_major,
+        stat.stx_dev_minor,
+    ] {
+        answer.extend(number.to_le_bytes());
+    }
+    answer.extend([0; 112]);
+}

@@ -1,0 +1,505 @@
+//! The files that the guest knows. A [`Nodes`] gives each a number, counts the guest's references to it (FUSE's lookup
+//! count), and finds the file again.
+//!
+//! A file is found again by its folder and its name there, and recognized by its [`Identity`]: only those in use, and the
+//! most recent others, have a descriptor. A descriptor for each would be as many as the guest has memory for, and by file
+//! handles (open_by_handle_at(2)) whoever takes over this process could open every file of the host's file systems,
+//! shared or not; overlayfs has none that could be opened anyway. So a file that the *host* moves or removes is lost to
+//! the guest (ESTALE, upon which its kernel looks the name up again), unless it is open. One that the guest itself removes
+//! keeps its descriptor until the guest forgets it.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString};
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use fuse_backend_rs::abi::fuse_abi::stat64;
+use fuse_backend_rs::api::filesystem::{Entry, ROOT_ID};
+use lru::LruCache;
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
+use rustix::io::Errno;
+
+/// Most files that are known at once, each some 250 bytes of memory.
+pub(in crate::devices) const MAX_NODES: usize = 256 * 1024;
+
+/// Beyond so many, the guest is told to keep no names, and so forgets files as soon as it does not use them.
+pub(super) const MANY_NODES: usize = MAX_NODES / 2;
+
+/// Most descriptors for files that are not open.
+const MAX_RECENT: usize = 8 * 1024;
+
+/// Names are followed one at a time, and lead nowhere else: not up, not through symbolic links.
+const RESOLVE: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_MAGICLINKS)
+    .union(ResolveFlags::NO_SYMLINKS);
+
+/// What the guest may know of a file, and what tells it from others.
+const WANTED: StatxFlags = StatxFlags::BASIC_STATS
+    .union(StatxFlags::BTIME)
+    .union(StatxFlags::MNT_ID);
+
+/// Tells a file from all others. The mount is part of it since what may be done with a file depends on the mount that it
+/// is reached by, and the type since the number of a file that is gone may become another's, which must not be opened for
+/// it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Identity {
+    mount: u64,
+    device: (u32, u32),
+    inode: u64,
+    /// S_IFMT of its mode.
+    kind: u32,
+}
+
+impl Identity {
+    fn of(stat: &Statx) -> Self {
+        Self {
+            mount: stat.stx_mnt_id,
+            device: (stat.stx_dev_major, stat.stx_dev_minor),
+            inode: stat.stx_ino,
+            kind: u32::from(stat.stx_mode) & libc::S_IFMT,
+        }
+    }
+}
+
+/// One file.
+#[derive(Debug)]
+struct Node {
+    identity: Identity,
+    /// Where it was seen last. The root has no name.
+    parent: u64,
+    name: CString,
+    /// References that the guest has.
+    lookups: u64,
+    /// Nodes whose folder this is.
+    children: usize,
+    descriptor: Weak<OwnedFd>,
+    /// The guest has removed a name of it, maybe the last.
+    kept: Option<Arc<OwnedFd>>,
+}
+
+/// How many descriptors there may be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Of files that are open, or were removed while the guest knew them.
+    pub(super) used: usize,
+    /// Of other files.
+    pub(super) recent: NonZeroUsize,
+}
+
+impl Limits {
+    /// Those of a process that may have so many descriptors: an open file takes two, a removed one one, and some remain for all else.
+    pub(super) fn of(descriptors: u64, most_open: usize) -> Self {
+        let all = usize::try_from(descriptors).unwrap_or(usize::MAX);
+        let recent = (all / 8).clamp(1, MAX_RECENT);
+        Self {
+            used: (all / 4).min(most_open),
+            recent: NonZeroUsize::new(recent).expect("at least one"),
+        }
+    }
+}
+
+/// The table behind its lock.
+struct Table {
+    nodes: HashMap<u64, Node>,
+    numbers: HashMap<Identity, u64>,
+    /// Never one that was given out before, by this process or another: a guest that is restored elsewhere must not
+    /// take a new file for one that it knew.
+    next: u64,
+    recent: LruCache<u64, Arc<OwnedFd>>,
+    /// How many nodes are `kept`.
+    kept: usize,
+}
+
+/// The files that the guest knows.
+pub(super) struct Nodes {
+    root: Arc<OwnedFd>,
+    limits: Limits,
+    hasher: RandomState,
+    table: Mutex<Table>,
+}
+
+impl fmt::Debug for Nodes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Nodes")
+            .field("known", &self.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What there is to know of an open file, or of one by its name in a folder.
+pub(super) fn stat(dir: impl AsFd, name: &CStr) -> io::Result<Statx> {
+    let mut flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    if name.is_empty() {
+        flags |= AtFlags::EMPTY_PATH;
+    }
+    Ok(rustix::fs::statx(dir, name, flags, WANTED)?)
+}
+
+/// A descriptor that stands for a file without opening it.
+fn locate(dir: impl AsFd, name: &CStr) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat2(
+        dir,
+        name,
+        flags,
+        Mode::empty(),
+        RESOLVE,
+    )?)
+}
+
+/// As stat(2) has it.
+pub(super) fn stat64_of(stat: &Statx) -> stat64 {
+    let mut attr = Entry::default().attr;
+    attr.st_dev = libc::makedev(stat.stx_dev_major, stat.stx_dev_minor);
+    attr.st_ino = stat.stx_ino;
+    attr.st_nlink = stat.stx_nlink.into();
+    attr.st_mode = stat.stx_mode.into();
+    attr.st_uid = stat.stx_uid;
+    attr.st_gid = stat.stx_gid;
+    attr.st_rdev = libc::makedev(stat.stx_rdev_major, stat.stx_rdev_minor);
+    attr.st_size = stat.stx_size.cast_signed();
+    attr.st_blksize = stat.stx_blksize.into();
+    attr.st_blocks = stat.stx_blocks.cast_signed();
+    (attr.st_atime, attr.st_atime_nsec) = (stat.stx_atime.tv_sec, stat.stx_atime.tv_nsec.into());
+    (attr.st_mtime, attr.st_mtime_nsec) = (stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec.into());
+    (attr.st_ctime, attr.st_ctime_nsec) = (stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec.into());
+    attr
+}
+
+impl Nodes {
+    /// Those below `root`.
+    ///
+    /// # Errors
+    /// When there is no random number to begin with, or the root is gone.
+    pub(super) fn new(root: OwnedFd, limits: Limits) -> io::Result<Self> {
+        let mut start = [0; 7];
+        rustix::rand::getrandom(&mut start, rustix::rand::GetRandomFlags::empty())?;
+        let [a, b, c, d, e, f, g] = start;
+        let root = Arc::new(root);
+        let table = Table {
+            nodes: HashMap::new(),
+            numbers: HashMap::new(),
+            next: u64::from_le_bytes([a, b, c, d, e, f, g, 0]).max(ROOT_ID + 1),
+            recent: LruCache::new(limits.recent),
+            kept: 0,
+        };
+        let nodes = Self {
+            root,
+            limits,
+            hasher: RandomState::new(),
+            table: Mutex::new(table),
+        };
+        nodes.reset()?;
+        Ok(nodes)
+    }
+
+    /// Forgets every file but the root.
+    pub(super) fn reset(&self) -> io::Result<()> {
+        let stat = stat(&self.root, c"")?;
+        let identity = Identity::of(&stat);
+        let mut table = self.lock();
+        table.recent.clear();
+        table.nodes.clear();
+        table.numbers.clear();
+        table.kept = 0;
+        let root = Node {
+            identity,
+            parent: 0,
+            name: CString::default(),
+            lookups: 1,
+            children: 0,
+            descriptor: Arc::downgrade(&self.root),
+            kept: None,
+        };
+        table.nodes.insert(ROOT_ID, root);
+        table.numbers.insert(identity, ROOT_ID);
+        Ok(())
+    }
+
+    /// How many files are known.
+    pub(super) fn len(&self) -> usize {
+        self.lock().nodes.len()
+    }
+
+    /// A number that nothing else has, node or open file.
+    pub(super) fn number(&self) -> u64 {
+        self.lock().number()
+    }
+
+    /// The node of what is `name` in the folder `parent`, with one more reference to it, and its mount.
+    ///
+    /// # Errors
+    /// ENFILE when too many files are known; ESTALE when the folder is not.
+    pub(super) fn refer(&self, parent: u64, name: &CStr, stat: &Statx) -> io::Result<u64> {
+        let identity = Identity::of(stat);
+        let mut table = self.lock();
+        if let Some(&number) = table.numbers.get(&identity) {
+            table.place(number, parent, name)?;
+            let node = table.nodes.get_mut(&number).ok_or(Errno::STALE)?;
+            node.lookups = node.lookups.saturating_add(1);
+            return Ok(number);
+        }
+        if table.nodes.len() >= MAX_NODES {
+            return Err(Errno::NFILE.into());
+        }
+        let folder = table.nodes.get_mut(&parent).ok_or(Errno::STALE)?;
+        folder.children += 1;
+        let number = table.number();
+        let node = Node {
+            identity,
+            parent,
+            name: name.to_owned(),
+            lookups: 1,
+            children: 0,
+            descriptor: Weak::new(),
+            kept: None,
+        };
+        table.nodes.insert(number, node);
+        table.numbers.insert(identity, number);
+        Ok(number)
+    }
+
+    /// Takes references away. A file without any is forgotten.
+    pub(super) fn forget(&self, number: u64, count: u64) {
+        if number == ROOT_ID {
+            return;
+        }
+        let mut table = self.lock();
+        if let Some(node) = table.nodes.get_mut(&number) {
+            node.lookups = node.lookups.saturating_sub(count);
+            table.sweep(number);
+        }
+    }
+
+    /// A number for the file with inode `inode` on the mount of the node `number`, or for that itself: no other file has it,
+    /// and it stays the same while this process runs.
+    pub(super) fn fingerprint(&self, number: u64, inode: Option<u64>) -> io::Result<u64> {
+        let Identity {
+            mount,
+            device,
+            inode: own,
+            ..
+        } = self.lock().get(number)?.identity;
+        let inode = inode.unwrap_or(own);
+        Ok(self.hasher.hash_one((mount, device, inode)))
+    }
+
+    /// S_IFMT of a file's mode.
+    pub(super) fn kind(&self, number: u64) -> io::Result<u32> {
+        Ok(self.lock().get(number)?.identity.kind)
+    }
+
+    /// A descriptor that stands for the file (O_PATH).
+    ///
+    /// # Errors
+    /// ESTALE when the file is not known, or is no longer where it was.
+    pub(super) fn descriptor(&self, number: u64) -> io::Result<Arc<OwnedFd>> {
+        let (mut at, names) = self.lock().way(number)?;
+        for (number, identity, name) in names.into_iter().rev() {
+            let found = locate(&at, &name).map_err(lost)?;
+            if Identity::of(&stat(&found, c"")?) != identity {
+                return Err(Errno::STALE.into());
+            }
+            at = Arc::new(found);
+            self.lock().located(number, &at);
+        }
+        Ok(at)
+    }
+
+    /// A descriptor that stands for the file, which `locate` finds if there is none.
+    ///
+    /// # Errors
+    /// ESTALE when the file is not known, and those of `locate`.
+    pub(super) fn descriptor_by(
+        &self,
+        number: u64,
+        locate: impl FnOnce() -> rustix::io::Result<OwnedFd>,
+    ) -> io::Result<Arc<OwnedFd>> {
+        if let Some(present) = self.lock().present(number)? {
+            return Ok(present);
+        }
+        let located = Arc::new(locate()?);
+        self.lock().located(number, &located);
+        Ok(located)
+    }
+
+    /// What there is to know of a file.
+    ///
+    /// # Errors
+    /// As [`Self::descriptor`].
+    pub(super) fn stat(&self, number: u64) -> io::Result<Statx> {
+        let (parent, identity, name) = {
+            let mut table = self.lock();
+            if let Some(descriptor) = table.present(number)? {
+                drop(table);
+                return stat(descriptor, c"");
+            }
+            let node = table.get(number)?;
+            (node.parent, node.identity, node.name.clone())
+        };
+        let found = stat(self.descriptor(parent)?, &name).map_err(lost)?;
+        if Identity::of(&found) == identity {
+            Ok(found)
+        } else {
+            Err(Errno::STALE.into())
+        }
+    }
+
+    /// To be called before the guest removes a name, or puts another file in its place: if it knows the file, this keeps a
+    /// descriptor.
+    pub(super) fn keep(&self, dir: impl AsFd, name: &CStr) {
+        let Ok(there) = stat(&dir, name) else {
+            return;
+        };
+        let identity = Identity::of(&there);
+        let known = {
+            let mut table = self.lock();
+            let Some(&number) = table.numbers.get(&identity) else {
+                return;
+            };
+            match table.nodes.get(&number) {
+                Some(node) if node.kept.is_none() && table.kept < self.limits.used => {}
+                _ => return,
+            }
+            table
+                .present(number)
+                .ok()
+                .flatten()
+                .map_or(Err(number), |fd| Ok((number, fd)))
+        };
+        let (number, descriptor) = match known {
+            Ok(known) => known,
+            Err(number) => match locate(dir, name) {
+                Ok(found) if stat(&found, c"").is_ok_and(|it| Identity::of(&it) == identity) => {
+                    (number, Arc::new(found))
+                }
+                _ => return,
+            },
+        };
+        let mut table = self.lock();
+        if let Some(node) = table.nodes.get_mut(&number) {
+            node.descriptor = Arc::downgrade(&descriptor);
+            node.kept = Some(descriptor);
+            table.kept += 1;
+            // It needs no place among those that may go.
+            table.recent.pop(&number);
+        }
+    }
+
+    /// What is `name` in the folder `parent` has just been moved there.
+    pub(super) fn moved(&self, parent: u64, name: &CStr, stat: &Statx) {
+        let mut table = self.lock();
+        if let Some(&number) = table.numbers.get(&Identity::of(stat)) {
+            // The folder was known a moment ago; if it is not now, nor is what is in it.
+            let _ = table.place(number, parent, name);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The error of a name that led to a file once.
+fn lost(err: io::Error) -> io::Error {
+    match err.raw_os_error() {
+        Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP | libc::EXDEV) => Errno::STALE.into(),
+        _ => err,
+    }
+}
+
+/// Nodes on the way to a file, the last first.
+type Way = Vec<(u64, Identity, CString)>;
+
+impl Table {
+    fn get(&self, number: u64) -> io::Result<&Node> {
+        Ok(self.nodes.get(&number).ok_or(Errno::STALE)?)
+    }
+
+    fn number(&mut self) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        number
+    }
+
+    /// The descriptor that a file has now, if it has one.
+    fn present(&mut self, number: u64) -> io::Result<Option<Arc<OwnedFd>>> {
+        let descriptor = self.get(number)?.descriptor.upgrade();
+        if descriptor.is_some() {
+            self.recent.promote(&number);
+        }
+        Ok(descriptor)
+    }
+
+    /// The nearest folder above the file, or itself, that has a descriptor, and what leads from there to it.
+    fn way(&mut self, number: u64) -> io::Result<(Arc<OwnedFd>, Way)> {
+        let mut names = Way::new();
+        let mut at = number;
+        loop {
+            if let Some(descriptor) = self.present(at)? {
+                return Ok((descriptor, names));
+            }
+            let node = self.get(at)?;
+            names.push((at, node.identity, node.name.clone()));
+            at = node.parent;
+        }
+    }
+
+    /// A descriptor for a file that had none.
+    fn located(&mut self, number: u64, descriptor: &Arc<OwnedFd>) {
+        if let Some(node) = self.nodes.get_mut(&number) {
+            node.descriptor = Arc::downgrade(descriptor);
+            self.recent.put(number, Arc::clone(descriptor));
+        }
+    }
+
+    /// Notes where a file is. Nothing changes where that cannot be: a folder that the host has moved about may seem to be
+    /// below itself.
+    fn place(&mut self, number: u64, parent: u64, name: &CStr) -> io::Result<()> {
+        let node = self.get(number)?;
+        if number == ROOT_ID || (node.parent == parent && *node.name == *name) {
+            return Ok(());
+        }
+        let old = node.parent;
+        if node.children > 0 {
+            let mut above = parent;
+            while above != ROOT_ID {
+                if above == number {
+                    return Ok(());
+                }
+                above = self.get(above)?.parent;
+            }
+        }
+        self.nodes.get_mut(&parent).ok_or(Errno::STALE)?.children += 1;
+        if let Some(node) = self.nodes.get_mut(&number) {
+            node.parent = parent;
+            node.name = name.to_owned();
+        }
+        if let Some(folder) = self.nodes.get_mut(&old) {
+            folder.children -= 1;
+        }
+        self.sweep(old);
+        Ok(())
+    }
+
+    /// Removes a node that nobody refers to, and folders above it that were there for it alone.
+    fn sweep(&mut self, mut number: u64) {
+        while let Some(node) = self.nodes.get(&number)
+            && node.lookups == 0
+            && node.children == 0
+            && let Some(node) = self.nodes.remove(&number)
+        {
+            self.numbers.remove(&node.identity);
+            self.recent.pop(&number);
+            self.kept -= usize::from(node.kept.is_some());
+            number = node.parent;
+            if let Some(folder) = self.nodes.get_mut(&number) {
+                folder.children -= 1;
+            }
+        }
+    }
+}
