@@ -3,7 +3,11 @@
 pub mod counter;
 mod device;
 pub mod queue;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
+#[allow(
+    clippy::unwrap_used,
+    reason = "it is part of tests, where a failure is to panic"
+)]
 pub mod testing;
 pub mod worker;
 

@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};
 
 /// How long a device may take to answer.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 const MEMORY_LEN: usize = 256 << 20;
 const QUEUES_BASE: u64 = 0x1_0000;
@@ -40,7 +40,7 @@ const fn flag(bits: u32) -> u16 {
 
 /// Interrupts that arrive at a test.
 #[derive(Debug, Default)]
-pub(crate) struct FakeInterrupt {
+pub struct FakeInterrupt {
     seen: Mutex<Seen>,
     changed: Condvar,
 }
@@ -54,7 +54,7 @@ struct Seen {
 
 impl FakeInterrupt {
     /// Interrupts of a queue so far.
-    pub(crate) fn count(&self, index: u16) -> u64 {
+    pub fn count(&self, index: u16) -> u64 {
         self.seen
             .lock()
             .unwrap()
@@ -65,7 +65,7 @@ impl FakeInterrupt {
     }
 
     /// Changes of the configuration space so far.
-    pub(crate) fn config_changes(&self) -> u64 {
+    pub fn config_changes(&self) -> u64 {
         self.seen.lock().unwrap().config_changes
     }
 
@@ -102,14 +102,14 @@ impl Interrupt for FakeInterrupt {
 
 /// One buffer of a chain.
 #[derive(Debug, Clone)]
-pub(crate) struct Buffer {
+pub struct Buffer {
     content: Vec<u8>,
     writable: bool,
 }
 
 impl Buffer {
     /// Device-readable, with this content.
-    pub(crate) fn read(content: &[u8]) -> Self {
+    pub fn read(content: &[u8]) -> Self {
         Self {
             content: content.to_vec(),
             writable: false,
@@ -117,7 +117,7 @@ impl Buffer {
     }
 
     /// Device-writable, of this length, filled with 0xee.
-    pub(crate) fn write(len: usize) -> Self {
+    pub fn write(len: usize) -> Self {
         Self {
             content: vec![0xee; len],
             writable: true,
@@ -128,7 +128,7 @@ impl Buffer {
 /// A descriptor as it goes into the table. `next` counts from the chain's first descriptor where it is within the
 /// chain, and is taken as it is where not.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct RawDescriptor {
+pub struct RawDescriptor {
     pub(crate) addr: u64,
     pub(crate) len: u32,
     pub(crate) flags: u16,
@@ -137,11 +137,11 @@ pub(crate) struct RawDescriptor {
 
 /// What came back.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Used {
+pub struct Used {
     /// The length in the used ring.
-    pub(crate) written: u32,
+    pub written: u32,
     /// The device-writable buffers, one after the other, cut at `written`.
-    pub(crate) bytes: Vec<u8>,
+    pub bytes: Vec<u8>,
 }
 
 #[derive(Debug, Default)]
@@ -167,7 +167,7 @@ struct DriverQueue {
 
 /// The driver.
 #[derive(Debug)]
-pub(crate) struct Driver {
+pub struct Driver {
     memory: GuestMemoryMmap,
     features: u64,
     pub(crate) interrupt: Arc<FakeInterrupt>,
@@ -178,13 +178,13 @@ pub(crate) struct Driver {
 
 impl Driver {
     /// Negotiates everything that the device offers and VIRTIO_F_EVENT_IDX, and enables all queues.
-    pub(crate) fn activate(device: &mut dyn VirtioDevice) -> Self {
+    pub fn activate(device: &mut dyn VirtioDevice) -> Self {
         let features = device.features() | 1 << VIRTIO_RING_F_EVENT_IDX;
         Self::activate_with(device, features)
     }
 
     /// Negotiates exactly `features`.
-    pub(crate) fn activate_with(device: &mut dyn VirtioDevice, features: u64) -> Self {
+    pub fn activate_with(device: &mut dyn VirtioDevice, features: u64) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_LEN)]).unwrap();
         let mut driver = Self {
             memory,
@@ -228,12 +228,12 @@ impl Driver {
     }
 
     /// Activates a device on queues that were paused.
-    pub(crate) fn reactivate(&self, device: &mut dyn VirtioDevice, queues: Vec<ActiveQueue>) {
+    pub fn reactivate(&self, device: &mut dyn VirtioDevice, queues: Vec<ActiveQueue>) {
         self.try_reactivate(device, queues).unwrap();
     }
 
     /// As [`Self::reactivate`], for a device that may refuse.
-    pub(crate) fn try_reactivate(
+    pub fn try_reactivate(
         &self,
         device: &mut dyn VirtioDevice,
         queues: Vec<ActiveQueue>,
@@ -247,7 +247,7 @@ impl Driver {
     }
 
     /// Sends one chain and waits for its return.
-    pub(crate) fn request(&mut self, queue: u16, readable: &[&[u8]], writable: &[usize]) -> Used {
+    pub fn request(&mut self, queue: u16, readable: &[&[u8]], writable: &[usize]) -> Used {
         let buffers: Vec<_> = readable
             .iter()
             .map(|content| Buffer::read(content))
@@ -257,21 +257,21 @@ impl Driver {
     }
 
     /// Sends one chain and waits for its return.
-    pub(crate) fn submit(&mut self, queue: u16, buffers: &[Buffer]) -> Used {
+    pub fn submit(&mut self, queue: u16, buffers: &[Buffer]) -> Used {
         let head = self.make_available(queue, buffers);
         self.kick_if_wanted(queue);
         self.wait_used(queue, head)
     }
 
     /// Sends one chain of descriptors as they are and waits for its return.
-    pub(crate) fn submit_raw(&mut self, queue: u16, chain: &[RawDescriptor]) -> Used {
+    pub fn submit_raw(&mut self, queue: u16, chain: &[RawDescriptor]) -> Used {
         let head = self.make_raw_available(queue, chain, Vec::new());
         self.kick_if_wanted(queue);
         self.wait_used(queue, head)
     }
 
     /// Puts a chain into the available ring, without a kick. The device may see it at once.
-    pub(crate) fn make_available(&mut self, queue: u16, buffers: &[Buffer]) -> u16 {
+    pub fn make_available(&mut self, queue: u16, buffers: &[Buffer]) -> u16 {
         let mut chain = Vec::new();
         let mut placed = Vec::new();
         for (position, buffer) in buffers.iter().enumerate() {
@@ -289,7 +289,7 @@ impl Driver {
     }
 
     /// Puts the same buffers behind one descriptor of an indirect table.
-    pub(crate) fn make_indirect_available(&mut self, queue: u16, buffers: &[Buffer]) -> u16 {
+    pub fn make_indirect_available(&mut self, queue: u16, buffers: &[Buffer]) -> u16 {
         let mut table = Vec::new();
         let mut placed = Vec::new();
         for (position, buffer) in buffers.iter().enumerate() {
@@ -313,7 +313,7 @@ impl Driver {
     }
 
     /// Puts a chain of descriptors as they are into the available ring; `buffers` is what is known of its memory.
-    pub(crate) fn make_raw_available(
+    pub fn make_raw_available(
         &mut self,
         queue: u16,
         chain: &[RawDescriptor],
@@ -353,7 +353,7 @@ impl Driver {
     }
 
     /// Kicks if the device asked for it (VIRTIO_F_EVENT_IDX, virtio 1.3, 2.7.10), or always without that feature.
-    pub(crate) fn kick_if_wanted(&mut self, queue: u16) {
+    pub fn kick_if_wanted(&mut self, queue: u16) {
         let event_idx = self.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         fence(Ordering::SeqCst);
         let queue = self.queues.get_mut(&queue).unwrap();
@@ -371,12 +371,12 @@ impl Driver {
     }
 
     /// Kicks, wanted or not.
-    pub(crate) fn kick(&self, queue: u16) {
+    pub fn kick(&self, queue: u16) {
         self.queues[&queue].kick.write(1).unwrap();
     }
 
     /// Waits for the return of the chain that starts at `head`.
-    pub(crate) fn wait_used(&mut self, queue: u16, head: u16) -> Used {
+    pub fn wait_used(&mut self, queue: u16, head: u16) -> Used {
         loop {
             let interrupts = self.interrupt.count(queue);
             self.collect(queue);
@@ -389,7 +389,7 @@ impl Driver {
     }
 
     /// Waits for the return of a chain, whichever is first.
-    pub(crate) fn wait_any_used(&mut self, queue: u16) -> Used {
+    pub fn wait_any_used(&mut self, queue: u16) -> Used {
         loop {
             let interrupts = self.interrupt.count(queue);
             if let Some(used) = self.try_any_used(queue) {
@@ -400,7 +400,7 @@ impl Driver {
     }
 
     /// The chain that returned first, if one has.
-    pub(crate) fn try_any_used(&mut self, queue: u16) -> Option<Used> {
+    pub fn try_any_used(&mut self, queue: u16) -> Option<Used> {
         self.collect(queue);
         let done = &mut self.queues.get_mut(&queue).unwrap().done;
         done.pop_front().map(|(_, used)| used)
@@ -417,13 +417,13 @@ impl Driver {
     }
 
     /// Waits until the device says that it needs a reset.
-    pub(crate) fn wait_needs_reset(&self) {
+    pub fn wait_needs_reset(&self) {
         self.interrupt
             .wait("reset request", |seen| seen.needs_reset);
     }
 
     /// Waits until the device says that its configuration space has changed.
-    pub(crate) fn wait_config_change(&self) {
+    pub fn wait_config_change(&self) {
         self.interrupt.wait("change of the configuration", |seen| {
             seen.config_changes > 0
         });
@@ -478,7 +478,7 @@ impl Driver {
     }
 
     /// Number of descriptors that can be used now.
-    pub(crate) fn free_descriptors(&mut self, queue: u16) -> usize {
+    pub fn free_descriptors(&mut self, queue: u16) -> usize {
         self.collect(queue);
         self.queues[&queue].free.len()
     }
@@ -498,14 +498,14 @@ impl Driver {
     }
 
     /// Fills a piece of guest memory.
-    pub(crate) fn fill(&self, at: u64, len: usize, byte: u8) {
+    pub fn fill(&self, at: u64, len: usize, byte: u8) {
         self.memory
             .write_slice(&vec![byte; len], GuestAddress(at))
             .unwrap();
     }
 
     /// What a piece of guest memory holds.
-    pub(crate) fn bytes_at(&self, at: u64, len: usize) -> Vec<u8> {
+    pub fn bytes_at(&self, at: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.memory
             .read_slice(&mut bytes, GuestAddress(at))
@@ -514,7 +514,7 @@ impl Driver {
     }
 
     /// Claims that `index` chains were made available.
-    pub(crate) fn set_avail_index(&self, queue: u16, index: u16) {
+    pub fn set_avail_index(&self, queue: u16, index: u16) {
         let at = self.queues[&queue].base + AVAIL_OFFSET + 2;
         self.memory
             .store(index, GuestAddress(at), Ordering::Release)
@@ -522,7 +522,7 @@ impl Driver {
     }
 
     /// Chains that no device may serve: loops, tables out of bounds, buffers out of memory, nested indirect tables.
-    pub(crate) fn hostile_chains(&mut self) -> Vec<Vec<RawDescriptor>> {
+    pub fn hostile_chains(&mut self) -> Vec<Vec<RawDescriptor>> {
         let memory_end = self.memory.last_addr().0 + 1;
         let good = self.place(&[0; 64]).0;
         let descriptor = |addr, len, flags, next| RawDescriptor {
