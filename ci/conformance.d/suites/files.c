@@ -570,6 +570,7 @@ static void times_move(void)
     CHECK(pread(fd, &got, 1, 0) == 1 && status("f").st_atim.tv_sec > 2000);
     // What is written through a mapping.
     char *map = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    CHECK(map != MAP_FAILED);
     before = status("f");
     nanosleep(&tick, NULL);
     map[0] = 'm';
