@@ -3,7 +3,9 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::path::Path;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use husk_protocol::agent::Folder;
@@ -32,7 +34,27 @@ pub(crate) fn mount_share(folder: &Folder) -> Result<()> {
         MsFlags::empty(),
         Some(folder.options.as_str()),
     )
-    .during(failed())
+    .during(failed())?;
+    if folder.fstype == "virtiofs" {
+        allow_dirty_pages().during(failed())?;
+    }
+    Ok(())
+}
+
+/// Lets pages of the folder wait to be written like those of a disk.
+///
+/// Linux allows a FUSE file system one per cent of what it allows a disk, and holds up who writes to mapped files, or with
+/// `writeback`, because the server could be a process of any user that never writes any. This one is the host.
+fn allow_dirty_pages() -> io::Result<()> {
+    let device = fs::metadata(SHARE_MOUNT_POINT)?.dev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let bdi = PathBuf::from(format!("/sys/class/bdi/{major}:{minor}"));
+    fs::write(bdi.join("max_ratio"), "100")?;
+    match fs::write(bdi.join("strict_limit"), "0") {
+        // Linux before 6.2.
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
 }
 
 /// Removed containers, by their ids, whose folders in the share the guest's kernel may still know.
