@@ -522,8 +522,10 @@ impl Container {
         }
         let process = self.process(exec_id)?;
         // The kernel drops these for the first process of a PID namespace that has no handler, as before its program runs.
-        let unstarted = exec_id.is_empty() && matches!(*self.state(), State::Created(_));
-        process.signal(if unstarted && signal.asks_to_end() {
+        let dropped = exec_id.is_empty()
+            && matches!(*self.state(), State::Created(_))
+            && spec::has_pid_namespace(&self.spec);
+        process.signal(if dropped && signal.asks_to_end() {
             Signal::KILL
         } else {
             signal

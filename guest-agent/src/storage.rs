@@ -63,7 +63,7 @@ fn widen_cache() -> io::Result<()> {
 /// Removed containers, by their ids, whose folders in the share the guest's kernel may still know.
 ///
 /// The host takes such a folder away once the guest is done with the container. What the kernel knows of its files it would
-/// keep until it needs the memory, and for each of them the host's file server keeps a descriptor.
+/// keep until it needs the memory, and the host's file server would keep descriptors of folders, and so the file system.
 #[derive(Debug, Default)]
 pub(crate) struct Removed(Mutex<HashSet<String>>);
 
