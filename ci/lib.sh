@@ -54,6 +54,7 @@ as_root() {
 # nothing if it can. /dev/kvm alone proves nothing: it may be a software fallback, which cannot run a kernel in any
 # useful time.
 why_no_kvm() {
+    local refusal
     if ! grep -qwE 'svm|vmx' /proc/cpuinfo; then
         echo 'its processor offers no hardware virtualization'
     elif [ ! -e /dev/kvm ]; then
@@ -61,8 +62,8 @@ why_no_kvm() {
     else
         need_packages python3
         # KVM_CREATE_VM
-        { "$1" python3 -c 'import fcntl; fcntl.ioctl(open("/dev/kvm", "r+b", buffering=0), 0xAE01, 0)' 2>&1 || :; } |
-            sed -n '$s|^|KVM refuses: |p'
+        refusal=$("$1" python3 -c 'import fcntl; fcntl.ioctl(open("/dev/kvm", "r+b", buffering=0), 0xAE01, 0)' 2>&1) ||
+            printf 'KVM refuses: %s\n' "$(tail -n 1 <<<"$refusal")"
     fi
 }
 
