@@ -286,7 +286,8 @@ impl Share {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let name = DecInt::from_fd(file);
         self.nodes.descriptor_by(inode, || {
-            rustix::fs::openat(&self.descriptors, name, flags, Mode::empty())
+            let located = rustix::fs::openat(&self.descriptors, name, flags, Mode::empty());
+            Ok(located?)
         })
     }
 

@@ -139,16 +139,19 @@ pub(super) fn stat(dir: impl AsFd, name: &CStr) -> io::Result<Statx> {
     Ok(rustix::fs::statx(dir, name, flags, WANTED)?)
 }
 
-/// A descriptor that stands for a file without opening it.
-fn locate(dir: impl AsFd, name: &CStr) -> io::Result<OwnedFd> {
+/// A descriptor that stands for a file without opening it, if it is the one that was there.
+///
+/// # Errors
+/// ESTALE when it is not.
+fn find_again(dir: impl AsFd, name: &CStr, identity: Identity) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(rustix::fs::openat2(
-        dir,
-        name,
-        flags,
-        Mode::empty(),
-        RESOLVE,
-    )?)
+    let found = rustix::fs::openat2(dir, name, flags, Mode::empty(), RESOLVE)
+        .map_err(|err| lost(err.into()))?;
+    if Identity::of(&stat(&found, c"")?) == identity {
+        Ok(found)
+    } else {
+        Err(Errno::STALE.into())
+    }
 }
 
 /// As stat(2) has it.
@@ -230,7 +233,7 @@ impl Nodes {
         self.lock().number()
     }
 
-    /// The node of what is `name` in the folder `parent`, with one more reference to it, and its mount.
+    /// The node of what is `name` in the folder `parent`, with one more reference to it.
     ///
     /// # Errors
     /// ENFILE when too many files are known; ESTALE when the folder is not.
@@ -300,11 +303,7 @@ impl Nodes {
     pub(super) fn descriptor(&self, number: u64) -> io::Result<Arc<OwnedFd>> {
         let (mut at, names) = self.lock().way(number)?;
         for (number, identity, name) in names.into_iter().rev() {
-            let found = locate(&at, &name).map_err(lost)?;
-            if Identity::of(&stat(&found, c"")?) != identity {
-                return Err(Errno::STALE.into());
-            }
-            at = Arc::new(found);
+            at = Arc::new(find_again(&at, &name, identity)?);
             self.lock().located(number, &at);
         }
         Ok(at)
@@ -317,7 +316,7 @@ impl Nodes {
     pub(super) fn descriptor_by(
         &self,
         number: u64,
-        locate: impl FnOnce() -> rustix::io::Result<OwnedFd>,
+        locate: impl FnOnce() -> io::Result<OwnedFd>,
     ) -> io::Result<Arc<OwnedFd>> {
         if let Some(present) = self.lock().present(number)? {
             return Ok(present);
@@ -356,33 +355,21 @@ impl Nodes {
             return;
         };
         let identity = Identity::of(&there);
-        let known = {
-            let mut table = self.lock();
-            let Some(&number) = table.numbers.get(&identity) else {
-                return;
-            };
-            match table.nodes.get(&number) {
-                Some(node) if node.kept.is_none() && table.kept < self.limits.used => {}
+        let number = {
+            let table = self.lock();
+            match table.numbers.get(&identity) {
+                Some(&number) if table.kept < self.limits.used => number,
                 _ => return,
             }
-            table
-                .present(number)
-                .ok()
-                .flatten()
-                .map_or(Err(number), |fd| Ok((number, fd)))
         };
-        let (number, descriptor) = match known {
-            Ok(known) => known,
-            Err(number) => match locate(dir, name) {
-                Ok(found) if stat(&found, c"").is_ok_and(|it| Identity::of(&it) == identity) => {
-                    (number, Arc::new(found))
-                }
-                _ => return,
-            },
+        let Ok(descriptor) = self.descriptor_by(number, || find_again(dir, name, identity)) else {
+            return;
         };
         let mut table = self.lock();
-        if let Some(node) = table.nodes.get_mut(&number) {
-            node.descriptor = Arc::downgrade(&descriptor);
+        // Another thread may have kept it meanwhile, by another name.
+        if let Some(node) = table.nodes.get_mut(&number)
+            && node.kept.is_none()
+        {
             node.kept = Some(descriptor);
             table.kept += 1;
             // It needs no place among those that may go.
