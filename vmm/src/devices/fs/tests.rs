@@ -22,6 +22,8 @@ use crate::virtio::VirtioDevice;
 use crate::virtio::testing::{Buffer, Driver};
 
 const FLAGS: i32 = libc::O_RDWR;
+/// FUSE_DIRECT_IO_ALLOW_MMAP, in `flags2`.
+const DIRECT_IO_ALLOW_MMAP: u32 = 1 << 4;
 const VCPUS: u8 = 2;
 
 struct Guest {
@@ -123,7 +125,7 @@ impl Guest {
             flags: u32::try_from(capable & u64::from(u32::MAX)).unwrap(),
         };
         let more = InitIn2 {
-            flags2: u32::try_from(capable >> 32).unwrap(),
+            flags2: u32::try_from(capable >> 32).unwrap() | DIRECT_IO_ALLOW_MMAP,
             unused: [0; 11],
         };
         let body = [body.as_slice(), more.as_slice()].concat();
@@ -269,7 +271,11 @@ fn cache_policy_is_told_to_the_guest() {
         (CachePolicy::Always, KEEP_CACHE, DAY),
     ] {
         let mut guest = Guest::caching(cache, false);
-        guest.init();
+        let agreed = guest.init();
+        // Without pages that are kept there are shared mappings only by this.
+        let maps = u64::from(agreed.flags) & FsOptions::INIT_EXT.bits() != 0
+            && agreed.flags2 == DIRECT_IO_ALLOW_MMAP;
+        assert_eq!(maps, cache == CachePolicy::None);
         fs::create_dir(guest.path("container")).unwrap();
         let container = guest.lookup(ROOT_ID, "container").unwrap();
         // The folder of a container that is gone may be made again, whatever the policy.

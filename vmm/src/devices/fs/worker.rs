@@ -127,6 +127,7 @@ fn answer(
         metrics.requests.inc();
         return Ok(write_answer(&mut room, header.unique, answer));
     }
+    let agreed = share.agree(&header, &mut request);
 
     // The library walks the chain again and may find another one, if the guest changes it meanwhile. It checks what it finds,
     // but allocates up to the length of that.
@@ -138,7 +139,12 @@ fn answer(
     }
     metrics.requests.inc();
     match server.handle_message(reader, Writer::VirtioFs(writer), None, None) {
-        Ok(written) => Ok(u32::try_from(written).unwrap_or(u32::MAX)),
+        Ok(written) => {
+            if let Some(agreed) = agreed {
+                agreed.add_to(&mut room, written);
+            }
+            Ok(u32::try_from(written).unwrap_or(u32::MAX))
+        }
         Err(err) => {
             metrics.bad_requests.inc();
             log::debug!("bad file system request: {err:?}");

@@ -1,18 +1,23 @@
-//! FUSE requests that the library does not know: FUSE_COPY_FILE_RANGE, FUSE_SYNCFS, FUSE_TMPFILE and FUSE_STATX
-//! (include/uapi/linux/fuse.h of Linux 6.12). A guest's kernel that is told ENOSYS does without, but then a copy goes
-//! through the guest, syncfs(2) makes nothing durable, and files without a name or times of birth are not to be had.
+//! What the library does not know of FUSE (include/uapi/linux/fuse.h of Linux 6.12): FUSE_COPY_FILE_RANGE, FUSE_SYNCFS,
+//! FUSE_TMPFILE and FUSE_STATX, and a flag of FUSE_INIT. A guest's kernel that is told ENOSYS does without, but then a copy
+//! goes through the guest, syncfs(2) makes nothing durable, and files without a name or times of birth are not to be had.
 
 use std::io;
+use std::mem::offset_of;
 
-use fuse_backend_rs::abi::fuse_abi::{CreateIn, EntryOut, InHeader, OpenOut};
-use fuse_backend_rs::api::filesystem::Context;
+use fuse_backend_rs::abi::fuse_abi::{
+    CreateIn, EntryOut, InHeader, InitIn, InitIn2, InitOut, OpenOut, OutHeader,
+};
+use fuse_backend_rs::api::filesystem::{Context, FsOptions};
 use rustix::fs::{Mode, OFlags, Statx, StatxFlags, StatxTimestamp};
 use rustix::io::Errno;
 use vm_memory::ByteValued;
 
 use super::{Share, as_user, mode_of, node, open_flags};
-use crate::virtio::queue::Readable;
+use crate::config::CachePolicy;
+use crate::virtio::queue::{Readable, Writable};
 
+const INIT: u32 = 26;
 const COPY_FILE_RANGE: u32 = 47;
 const SYNCFS: u32 = 50;
 const TMPFILE: u32 = 51;
@@ -23,6 +28,12 @@ const MAX_COPY: u64 = 16 << 20;
 
 /// FUSE_GETATTR_FH.
 const BY_HANDLE: u32 = 1;
+
+/// FUSE_DIRECT_IO_ALLOW_MMAP, as one of `flags2`: files of which the guest keeps nothing can have shared mappings.
+const DIRECT_IO_ALLOW_MMAP: u32 = 1 << (36 - 32);
+
+/// Where `flags2` stands in an answer to FUSE_INIT, behind its header.
+const FLAGS2: usize = size_of::<OutHeader>() + offset_of!(InitOut, flags2);
 
 /// fuse_copy_file_range_in.
 #[derive(Debug, Default, Clone, Copy)]
@@ -53,6 +64,19 @@ unsafe impl ByteValued for CopyFileRangeIn {}
 // SAFETY: as above.
 unsafe impl ByteValued for StatxIn {}
 
+/// Flags that the library's answer to FUSE_INIT is to have as well. It sets none of this half itself.
+pub(in crate::devices::fs) struct Agreed(u32);
+
+impl Agreed {
+    /// Adds the flags to the library's answer, of `written` bytes, in `room`, unless that is a refusal.
+    pub(in crate::devices::fs) fn add_to(&self, room: &mut Writable<'_>, written: usize) {
+        if written >= size_of::<OutHeader>() + size_of::<InitOut>() {
+            room.take(FLAGS2);
+            room.write(&self.0.to_le_bytes());
+        }
+    }
+}
+
 impl Share {
     /// Serves the request `header`, of which `body` is what follows, if it is one of these.
     pub(in crate::devices::fs) fn serve_newer(
@@ -69,6 +93,23 @@ impl Share {
             STATX => read(body).and_then(|asked| self.statx(header.nodeid, &asked)),
             _ => return None,
         })
+    }
+
+    /// What is agreed on beyond what the library knows, if `header` and `body` are a FUSE_INIT that offers it.
+    pub(in crate::devices::fs) fn agree(
+        &self,
+        header: &InHeader,
+        body: &mut Readable<'_>,
+    ) -> Option<Agreed> {
+        if header.opcode != INIT || self.cache() != CachePolicy::None {
+            return None;
+        }
+        let offered: InitIn = body.read_obj()?;
+        if u64::from(offered.flags) & FsOptions::INIT_EXT.bits() == 0 {
+            return None;
+        }
+        let more: InitIn2 = body.read_obj()?;
+        Some(Agreed(more.flags2 & DIRECT_IO_ALLOW_MMAP)).filter(|agreed| agreed.0 != 0)
     }
 
     fn copy_range(&self, inode: u64, asked: &CopyFileRangeIn) -> io::Result<Vec<u8>> {

@@ -42,6 +42,7 @@ const OPTIONS: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::PARALLEL_DIROPS)
     .union(FsOptions::POSIX_ACL)
     .union(FsOptions::ASYNC_DIO)
+    .union(FsOptions::INIT_EXT)
     // Writes clear setuid bits on the host in the same breath, without a request of their own.
     .union(FsOptions::HANDLE_KILLPRIV_V2);
 
