@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import shutil
 
 from harness import Case
@@ -85,6 +86,14 @@ class Storage(Case):
         self.assertLess(len(os.listdir(f"/proc/{task.pid}/fd")), 500)
         task.exec("sh", "-c", "rm -r /share/*", code=0)
         self.assertEqual(os.listdir(self.share), [])
+
+    def test_a_limit_of_file_size(self):
+        if self.runtime != "husk":
+            self.skipTest("a limit of a container's process ends it, as it should")
+        task = self.start(options=self.mount())
+        resource.prlimit(task.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        self.assertIn("File too large", task.exec("dd", "if=/dev/zero", "of=/share/large", "bs=64k", "count=32", code=1).err)
+        task.exec("touch", "/share/new", code=0)
 
     def write(self, content):
         with open(f"{self.share}/file", "w", encoding="ascii") as file:

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -88,23 +89,34 @@ pub enum ChainError {
 /// # Errors
 /// When the driver has left one out.
 pub fn take_queues<const N: usize>(
-    mut activation: Activation,
+    activation: Activation,
     indices: [u16; N],
 ) -> Result<[Virtqueue; N], ActivateError> {
+    Ok(take_queues_and(activation, indices, 0..0)?.0)
+}
+
+/// The same, and those of `others` that the driver has not left out.
+///
+/// # Errors
+/// As [`take_queues`].
+pub fn take_queues_and<const N: usize>(
+    mut activation: Activation,
+    indices: [u16; N],
+    others: Range<u16>,
+) -> Result<([Virtqueue; N], Vec<Virtqueue>), ActivateError> {
+    let memory = Arc::new(activation.memory);
+    let interrupt = activation.interrupt;
+    let mut take = |index| {
+        let queue = take_queue(&mut activation.queues, index)?;
+        let (memory, interrupt) = (Arc::clone(&memory), Arc::clone(&interrupt));
+        Some(Virtqueue::new(queue, memory, interrupt))
+    };
     let mut taken = Vec::with_capacity(N);
     for index in indices {
-        let queue = take_queue(&mut activation.queues, index);
-        taken.push(queue.ok_or(ActivateError::MissingQueue { index })?);
+        taken.push(take(index).ok_or(ActivateError::MissingQueue { index })?);
     }
-    let memory = Arc::new(activation.memory);
-    let taken: [ActiveQueue; N] = taken.try_into().expect("one was pushed for each index");
-    Ok(taken.map(|queue| {
-        Virtqueue::new(
-            queue,
-            Arc::clone(&memory),
-            Arc::clone(&activation.interrupt),
-        )
-    }))
+    let taken = taken.try_into().expect("one was pushed for each index");
+    Ok((taken, others.filter_map(take).collect()))
 }
 
 /// Takes one queue out of those of an activation; `None` if the driver has left it out.

@@ -103,6 +103,7 @@ fn become_worker(control: &OwnedFd) -> Result<(), WorkerError> {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
         rustix::thread::set_name(PROCESS_NAME)?;
         limit_arenas();
+        ignore_file_size_signal();
         close_all_but(control)
     };
     become_worker().map_err(WorkerError::Become)
@@ -114,6 +115,12 @@ fn limit_arenas() {
     const ARENAS: libc::c_int = 8;
     // SAFETY: changes a setting of the allocator, which takes its own lock.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
+}
+
+/// A guest that writes beyond RLIMIT_FSIZE is told so (EFBIG), and does not end the process.
+fn ignore_file_size_signal() {
+    // SAFETY: no handler is installed, so there is nothing for it to interrupt.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
 /// Closes what the shim, or whoever started it, has let slip into this process.

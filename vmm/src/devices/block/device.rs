@@ -3,6 +3,7 @@
 //! threads, one for each queue, so that requests of different processors do not wait for one another.
 
 use std::io;
+use std::iter;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use super::request::{
 };
 use super::worker::{BlockWorker, Terms};
 use crate::snapshot::{RestoreError, Snapshot};
-use crate::virtio::queue::{QueueError, Virtqueue, take_queue};
+use crate::virtio::queue::{QueueError, take_queues_and};
 use crate::virtio::worker::{ThreadSetup, Worker};
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, read_config_space,
@@ -232,31 +233,16 @@ impl VirtioDevice for BlockDevice {
             discard: agreed & F_DISCARD != 0,
             write_zeroes: agreed & F_WRITE_ZEROES != 0,
         };
-        let Activation {
-            memory,
-            mut queues,
-            interrupt,
-            ..
-        } = activation;
-        let memory = Arc::new(memory);
+        let interrupt = Arc::clone(&activation.interrupt);
         // Without MQ the driver knows of one queue (5.2.5).
         let known = if agreed & F_MQ == 0 { 1 } else { MAX_QUEUES };
-        let indices = REQUEST_QUEUE..REQUEST_QUEUE + u16::from(known);
-        for (worker, index) in self.workers.iter_mut().zip(indices) {
-            let Some(queue) = take_queue(&mut queues, index) else {
-                if index == REQUEST_QUEUE {
-                    return Err(ActivateError::MissingQueue { index });
-                }
-                // The driver does without it.
-                continue;
-            };
-            let queue = Virtqueue::new(queue, Arc::clone(&memory), Arc::clone(&interrupt));
-            let serve = BlockWorker::new(
-                queue,
-                Arc::clone(&self.storage),
-                terms.clone(),
-                Arc::clone(&self.metrics),
-            );
+        let others = REQUEST_QUEUE + 1..REQUEST_QUEUE + u16::from(known);
+        let ([first], others) = take_queues_and(activation, [REQUEST_QUEUE], others)?;
+        let queues = iter::once(first).chain(others);
+        for (worker, queue) in self.workers.iter_mut().zip(queues) {
+            let storage = Arc::clone(&self.storage);
+            let metrics = Arc::clone(&self.metrics);
+            let serve = BlockWorker::new(queue, storage, terms.clone(), metrics);
             worker.start(serve, Arc::clone(&interrupt))?;
         }
         Ok(())

@@ -4,6 +4,7 @@
 //! first one's serves the hiprio queue as well.
 
 use std::io;
+use std::iter;
 use std::sync::Arc;
 
 use fuse_backend_rs::api::filesystem::{FileSystem, FsOptions};
@@ -18,7 +19,7 @@ use super::metrics::FsMetrics;
 use super::share::Share;
 use super::worker::FsWorker;
 use crate::snapshot::{RestoreError, Snapshot};
-use crate::virtio::queue::{QueueError, Virtqueue, take_queue};
+use crate::virtio::queue::{QueueError, take_queues_and};
 use crate::virtio::worker::{ThreadSetup, Worker};
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, read_config_space,
@@ -112,11 +113,11 @@ impl FsDevice {
             .map(|_| Worker::spawn("fs", DeviceType::Fs, for_users(setup)))
             .collect::<Result<_, _>>()
             .map_err(FsError::Start)?;
-        let requests = std::iter::repeat_n(REQUEST_QUEUE_SIZE, queues.into());
+        let requests = iter::repeat_n(REQUEST_QUEUE_SIZE, queues.into());
         Ok(Self {
             tag,
             config,
-            queue_sizes: std::iter::once(HIPRIO_QUEUE_SIZE).chain(requests).collect(),
+            queue_sizes: iter::once(HIPRIO_QUEUE_SIZE).chain(requests).collect(),
             workers,
             share: Arc::new(share),
             metrics: Arc::default(),
@@ -175,40 +176,17 @@ impl VirtioDevice for FsDevice {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation {
-            memory,
-            mut queues,
-            interrupt,
-            ..
-        } = activation;
-        let memory = Arc::new(memory);
-        let mut take = |index| {
-            let queue = take_queue(&mut queues, index)?;
-            Some(Virtqueue::new(
-                queue,
-                Arc::clone(&memory),
-                Arc::clone(&interrupt),
-            ))
-        };
-        let mut hiprio = Some(take(HIPRIO_QUEUE).ok_or(ActivateError::MissingQueue {
-            index: HIPRIO_QUEUE,
-        })?);
+        let interrupt = Arc::clone(&activation.interrupt);
+        let others = REQUEST_QUEUE + 1..REQUEST_QUEUE + u16::from(MAX_REQUEST_QUEUES);
+        let ([hiprio, first], others) =
+            take_queues_and(activation, [HIPRIO_QUEUE, REQUEST_QUEUE], others)?;
+        let others = others.into_iter().map(|queue| vec![queue]);
+        let queues = iter::once(vec![hiprio, first]).chain(others);
         // What is agreed on in one queue holds for all.
         let server = Arc::new(Server::new(Arc::clone(&self.share)));
-        for (worker, index) in self.workers.iter_mut().zip(REQUEST_QUEUE..) {
-            let Some(requests) = take(index) else {
-                if index == REQUEST_QUEUE {
-                    return Err(ActivateError::MissingQueue { index });
-                }
-                // The driver does without it.
-                continue;
-            };
-            let serve = FsWorker::new(
-                hiprio.take().into_iter().chain([requests]).collect(),
-                Arc::clone(&server),
-                Arc::clone(&self.share),
-                Arc::clone(&self.metrics),
-            );
+        for (worker, queues) in self.workers.iter_mut().zip(queues) {
+            let (server, share) = (Arc::clone(&server), Arc::clone(&self.share));
+            let serve = FsWorker::new(queues, server, share, Arc::clone(&self.metrics));
             worker.start(serve, Arc::clone(&interrupt))?;
         }
         Ok(())
