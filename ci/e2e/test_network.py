@@ -245,6 +245,33 @@ class Network(Case):
         task.end()
         self.assertEqual(pod.traces(), before)
 
+    def test_what_changes_later_is_changed(self):
+        pod = Pod(self)
+        before = pod.traces()
+        task = self.start(options=pod.options)
+        pod.ip("link", "set", "eth0", "mtu", "9000")
+        wait_until(lambda: "mtu 9000" in task.exec("ip", "link", "show", "eth0").out, "the larger packets")
+        pod.ip("link", "set", "eth0", "mtu", "1500")
+        wait_until(lambda: "mtu 1500" in task.exec("ip", "link", "show", "eth0").out, "the smaller packets")
+        pod.ip("route", "replace", "default", "via", "10.88.0.9")
+        pod.ip("route", "add", "local", "10.91.0.0/16", "dev", "lo", "table", "100")
+        wait_until(lambda: "local 10.91.0.0/16" in task.exec("ip", "route", "show", "table", "100").out, "the route")
+        routes = task.exec("ip", "route", code=0).out
+        self.assertRegex(routes, r"default via 10\.88\.0\.9 dev eth0")
+        self.assertNotIn(f"default via {HOST4}", routes)
+        # Another interface in the first one's place.
+        pod.ip("link", "del", "eth0")
+        pod.add("eth0")
+        sh("ip", "link", "set", "peth0", "master", BRIDGE)
+        pod.ip("addr", "add", f"{POD4}/24", "dev", "eth0")
+        wait_until(lambda: task.exec("ping", "-c", "1", "-W", "1", HOST4).code == 0, "the new interface")
+        mac = re.search("link/ether ([^ ]*)", pod.ip("link", "show", "eth0"))[1]
+        self.assertIn(mac, task.exec("ip", "link", "show", "eth0", code=0).out)
+        task.ctr("kill", "-s", "SIGKILL", code=0)
+        task.wait_for("STOPPED")
+        task.end()
+        self.assertEqual(pod.traces(), before)
+
     def test_a_namespace_that_is_filled_later(self):
         name = f"e2e-late-{os.getpid()}"
         sh("ip", "netns", "add", name)

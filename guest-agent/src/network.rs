@@ -81,15 +81,26 @@ pub(crate) async fn update(request: &UpdateNetworkRequest) -> Result<()> {
         .filter_map(|(mac, interface)| Some((*interface, devices.get(mac)?)))
         .collect();
 
+    let others: Vec<&Device> = devices
+        .iter()
+        .filter(|(mac, _)| !wanted.iter().any(|(wanted, _)| wanted == *mac))
+        .map(|(_, device)| device)
+        .collect();
+    for device in others {
+        if pairs.iter().any(|(one, _)| one.name == device.name) {
+            retire(&netlink, device).await?;
+        }
+    }
     rename(&netlink, &pairs).await?;
     let mut indices = Indices::from([(LOOPBACK, LOOPBACK)]);
     for (interface, device) in pairs {
         bring_up(&netlink, interface, device.index).await?;
         indices.insert(interface.index, device.index);
     }
+    let mut places = Vec::new();
     for setting in settings {
         let what = describe(&setting);
-        apply(&netlink, setting, &indices)
+        apply(&netlink, setting, &indices, &mut places)
             .await
             .during(format!("setting {what} of the pod's network"))?;
     }
@@ -191,6 +202,15 @@ fn missing(wanted: &[(Mac, &Interface)], devices: &HashMap<Mac, Device>) -> Erro
     }
 }
 
+/// Takes an interface out of use that another one replaces.
+async fn retire(netlink: &Handle, device: &Device) -> Result<()> {
+    let down = LinkUnspec::new_with_index(device.index).down().build();
+    let set = netlink.link().set(down).execute().await;
+    set.map_err(system_error)
+        .during(format!("setting down {}, which is gone", device.name))?;
+    set_name(netlink, device.index, &format!("husk{}", device.index)).await
+}
+
 /// Gives the interfaces their names. One may have the name that another is to have: so all let go of theirs first.
 async fn rename(netlink: &Handle, pairs: &[(&Interface, &Device)]) -> Result<()> {
     let other: Vec<_> = pairs
@@ -239,11 +259,29 @@ async fn bring_up(netlink: &Handle, interface: &Interface, index: u32) -> Result
     ))
 }
 
-/// Sets one thing. That it is set already is no error.
+/// What a route is found by: where it leads nothing is said of.
+fn place_of(route: &RouteMessage) -> RouteMessage {
+    let mut place = RouteMessage::default();
+    place.header.address_family = route.header.address_family;
+    place.header.destination_prefix_length = route.header.destination_prefix_length;
+    place.header.table = route.header.table;
+    place.header.tos = route.header.tos;
+    let found_by = route.attributes.iter().filter(|attribute| {
+        matches!(
+            attribute,
+            RouteAttribute::Destination(_) | RouteAttribute::Table(_) | RouteAttribute::Priority(_)
+        )
+    });
+    place.attributes = found_by.cloned().collect();
+    place
+}
+
+/// Sets one thing. That it is set already is no error. `places` are those of the routes before.
 async fn apply(
     netlink: &Handle,
     mut setting: RouteNetlinkMessage,
     indices: &Indices,
+    places: &mut Vec<RouteMessage>,
 ) -> io::Result<()> {
     let flags = match &mut setting {
         RouteNetlinkMessage::NewAddress(message) => {
@@ -252,8 +290,15 @@ async fn apply(
         }
         RouteNetlinkMessage::NewRoute(message) => {
             translate_route(message, indices)?;
-            // In the host's order, where several have the same destination.
-            NLM_F_APPEND
+            let place = place_of(message);
+            if places.contains(&place) {
+                // In the host's order, where several have the same destination.
+                NLM_F_APPEND
+            } else {
+                // The host may have replaced the one that was here.
+                places.push(place);
+                NLM_F_REPLACE
+            }
         }
         RouteNetlinkMessage::NewNeighbour(message) => {
             translate(&mut message.header.ifindex, indices)?;

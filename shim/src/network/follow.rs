@@ -70,24 +70,33 @@ impl Follow {
                 warn!("{reason}");
             }
         }
-        for gone in self.plugged.extract_if(.., |one| {
-            !links.iter().any(|link| link.header.index == one.index)
-        }) {
+        let is_gone =
+            |one: &mut Interface| !links.iter().any(|link| link.header.index == one.index);
+        for gone in self.fixed.extract_if(.., is_gone) {
+            info!("{gone} is gone; its device stays");
+        }
+        // What cannot be done with one interface keeps nothing from the others.
+        let mut failed = None;
+        for gone in self.plugged.extract_if(.., is_gone) {
             info!("{gone} is gone");
-            worker.remove_nic(gone.mac).await?;
+            if let Err(err) = worker.remove_nic(gone.mac).await {
+                failed.get_or_insert(err);
+            }
         }
         for interface in there {
             let is_known = |one: &Interface| one.index == interface.index;
             if let Some(known) = self.known().find(|one| is_known(one)) {
-                // It may have got another name.
-                *known = interface;
+                // It may have got another name; its device keeps its MAC address.
+                let mac = known.mac;
+                *known = Interface { mac, ..interface };
             } else if !self.refused.contains(&interface.index) {
                 if let Err(err) = self.plug(&interface, worker).await {
                     // Not to be tried with every change of something else.
                     self.refused.insert(interface.index);
-                    return Err(err);
+                    failed.get_or_insert(err);
+                } else {
+                    self.plugged.push(interface);
                 }
-                self.plugged.push(interface);
             }
         }
         let interfaces = self.known().map(|one| one.clone()).collect();
@@ -97,7 +106,7 @@ impl Follow {
             agent.update_network(&request).await?;
             self.told = request;
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 
     fn known(&mut self) -> impl Iterator<Item = &mut Interface> {

@@ -90,7 +90,8 @@ pub(super) fn messages(found: &Found) -> Vec<RouteNetlinkMessage> {
         .collect()
 }
 
-/// An address that somebody has set. Those that the kernel found by itself (SLAAC), the guest's kernel finds too.
+/// An address that somebody has set: for ever, as far as the guest is told. Those that the kernel found by itself (SLAAC),
+/// the guest's kernel finds too.
 fn address(message: &AddressMessage, known: &HashSet<u32>) -> Option<AddressMessage> {
     let header = &message.header;
     let flags = message
@@ -104,7 +105,8 @@ fn address(message: &AddressMessage, known: &HashSet<u32>) -> Option<AddressMess
     let is_loopbacks_own = header.index == LOOPBACK && header.scope == AddressScope::Host;
     if !known.contains(&header.index)
         || is_loopbacks_own
-        || !flags.contains(AddressFlags::Permanent)
+        // Of a router, or of the kernel's choice. By IPv4 it is somebody's who counts its time, too.
+        || (header.family == AddressFamily::Inet6 && !flags.contains(AddressFlags::Permanent))
     {
         return None;
     }
@@ -142,9 +144,11 @@ fn route(message: &RouteMessage, known: &HashSet<u32>) -> Option<RouteMessage> {
     }
     let is_setting = match header.kind {
         RouteType::Unicast => true,
-        RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit | RouteType::Throw => {
-            header.protocol != RouteProtocol::Kernel
-        }
+        RouteType::BlackHole
+        | RouteType::Local
+        | RouteType::Prohibit
+        | RouteType::Throw
+        | RouteType::Unreachable => header.protocol != RouteProtocol::Kernel,
         _ => false,
     };
     if table == LOCAL

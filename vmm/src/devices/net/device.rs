@@ -14,8 +14,8 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
     VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_USO,
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
-    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_S_LINK_UP,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use vm_memory::GuestMemoryMmap;
@@ -48,11 +48,11 @@ const PACKET_QUEUE_SIZE: u16 = 256;
 /// Descriptors of the control queue, whose driver waits for each answer.
 const CONTROL_QUEUE_SIZE: u16 = 64;
 
-/// What every tap can do.
+/// What every tap can do. Not MTU: Linux takes that for the largest that the interface may ever have, and a pod's interface
+/// may be given a larger one while the guest runs.
 pub(super) const FEATURES: u64 = 1 << VIRTIO_NET_F_CSUM
     | 1 << VIRTIO_NET_F_GUEST_CSUM
     | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS
-    | 1 << VIRTIO_NET_F_MTU
     | 1 << VIRTIO_NET_F_MAC
     | 1 << VIRTIO_NET_F_GUEST_TSO4
     | 1 << VIRTIO_NET_F_GUEST_TSO6
@@ -237,8 +237,7 @@ impl NetDevice {
         let link = u16::from(self.link_up.load(Ordering::Acquire)) * LINK_UP;
         space[..6].copy_from_slice(&self.mac);
         space[6..8].copy_from_slice(&link.to_le_bytes());
-        space[8..10].copy_from_slice(&self.pair_count().to_le_bytes());
-        space[10..].copy_from_slice(&self.mtu.to_le_bytes());
+        space[8..].copy_from_slice(&self.pair_count().to_le_bytes());
         space
     }
 
@@ -256,8 +255,8 @@ impl NetDevice {
     }
 }
 
-/// Up to and including the MTU.
-const CONFIG_LEN: usize = 12;
+/// Up to and including the number of pairs.
+const CONFIG_LEN: usize = 10;
 
 #[expect(
     clippy::cast_possible_truncation,
