@@ -64,3 +64,39 @@ storage_benches() {
     cached storage-benches "$(hash_of "$(source_version sources fio)" "$source" "$FIO_OPTIONS" \
         "$(declare -f build_storage_benches)")" build_storage_benches "$source"
 }
+
+# What people work with, as Debian has it, on a disk: what ci/conformance.d/work runs.
+WORK_PACKAGES='git,cargo,gcc,libc6-dev,procps,sqlite3,postgresql'
+WORK_ARCHIVES='hello tree jq libjq1 libonig5 postgresql-doc-15'
+
+# build_work_disk DIR
+build_work_disk() {
+    local dir=$1 root=$1/root archives
+    need_packages mmdebstrap e2fsprogs debian-archive-keyring
+    say "installing ${WORK_PACKAGES//,/, } of Debian in a folder"
+    nice mmdebstrap --quiet --variant=essential --include="$WORK_PACKAGES" bookworm "$root" "$(debian_mirror)"
+    mkdir "$root/archives"
+    archives=$(mktemp -d)
+    apt_refresh machine
+    # shellcheck disable=SC2086 # a list of packages
+    (cd "$archives" && apt_for machine apt-get -qq download $WORK_ARCHIVES)
+    cp "$archives"/*.deb "$root/archives"
+    rm -r "$archives"
+    git init --quiet "$root/history"
+    cp -rT "$root/usr/include" "$root/history/include"
+    cp -rT "$root/usr/share" "$root/history/share"
+    git -C "$root/history" add .
+    git -C "$root/history" -c user.name=husk -c user.email=husk@example.org commit --quiet --message 'A large tree'
+    git clone --quiet --bare "$root/history" "$root/history.git"
+    rm -r "$root/history"
+    truncate -s 4G "$dir/disk"
+    mkfs.ext4 -q -i 8192 -d "$root" "$dir/disk"
+    rm -r "$root"
+    # To be copied at little cost. Whoever does makes it larger again.
+    resize2fs -M "$dir/disk" >/dev/null 2>&1
+}
+
+# work_disk - prints the folder of the disk.
+work_disk() {
+    cached work-disk "$(hash_of "$WORK_PACKAGES" "$WORK_ARCHIVES" "$(declare -f build_work_disk)")" build_work_disk
+}

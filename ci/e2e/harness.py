@@ -270,6 +270,27 @@ def enable_blockfile():
     start_containerd()
 
 
+def enable_erofs():
+    """Gives containerd the snapshotter erofs, which it has where the kernel can mount that; before 2.1 it has none."""
+    subprocess.run(["modprobe", "erofs"], check=True)
+    stop_containerd()
+    start_containerd()
+
+
+SNAPSHOTTERS = {"blockfile": enable_blockfile, "erofs": enable_erofs}
+
+
+def roots_are_disks():
+    """Whether the root file systems are (`ci/e2e/run --snapshotter`)."""
+    return os.environ.get("CONTAINERD_SNAPSHOTTER") == "blockfile"
+
+
+def as_alice():
+    """The options by which ctr's exec is for alice. To look a name up it mounts the root file system, which it cannot where
+    that is a disk in use."""
+    return ["--user", "1000:1000" if roots_are_disks() else "alice"]
+
+
 def hanging():
     """What every thread of ctr, the shims and the VMs' workers waits for, for the report of a hang."""
     found = []

@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import api
-from harness import IMAGE, RUNTIMES, Case, Events, wait_until
+from harness import IMAGE, RUNTIMES, Case, Events, as_alice, wait_until
 
 
 def shape(value):
@@ -57,7 +57,7 @@ class Parity(Case):
             # The columns are as wide as the pids are long.
             note("header", str(task.ctr("ls").out.splitlines()[0].split()))
             note("exec", task.exec("sh", "-c", "id; pwd; env | sort; echo err >&2; exit 5"))
-            note("exec as alice", task.exec("sh", "-c", "id; pwd; echo $HOME", options=["--user", "alice", "--cwd", "/tmp"]))
+            note("exec as alice", task.exec("sh", "-c", "id; pwd; echo $HOME", options=[*as_alice(), "--cwd", "/tmp"]))
             note("exec without program", task.exec("/no/such/program"))
             note("exec of no program", task.exec("/etc/passwd"))
             note("same exec id", str(task.ctr("kill", "--exec-id", "nobody").code))
@@ -201,7 +201,7 @@ class Parity(Case):
     def test_exec_on_a_terminal(self):
         def script(runtime, note):
             task = self.start(runtime=runtime)
-            terminal = self.terminal("task", "exec", "-t", "--exec-id", "shell", "--user", "alice", "--cwd", "/tmp", task.name,
+            terminal = self.terminal("task", "exec", "-t", "--exec-id", "shell", *as_alice(), "--cwd", "/tmp", task.name,
                                      "sh", "-c", "until [ \"$(stty size 2>&-)\" = '20 90' ]; do sleep 0.2; done; stty -a; tty; id; pwd; env | sort; echo ready;"
                                      "read -r line; echo got $line; until [ \"$(stty size)\" = '40 120' ]; do sleep 0.2; done; exit 5",
                                      rows=20, columns=90)

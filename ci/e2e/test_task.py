@@ -6,7 +6,7 @@ import re
 import subprocess
 
 import api
-from harness import IMAGE, RUNTIMES, TIMEOUT_S, Case, Events, Task, wait_until
+from harness import IMAGE, RUNTIMES, TIMEOUT_S, Case, Events, Task, as_alice, wait_until
 
 
 class TaskTest(Case):
@@ -72,9 +72,9 @@ class TaskTest(Case):
 
     def test_exec_as_a_user_in_a_folder(self):
         task = self.start("sleep", "1000", options=["--env", "FRUIT=pear"])
-        result = task.exec("sh", "-c", "id -un; id -gn; pwd; echo $FRUIT", options=["--user", "alice", "--cwd", "/tmp"])
+        result = task.exec("sh", "-c", "id -un; id -gn; pwd; echo $FRUIT", options=[*as_alice(), "--cwd", "/tmp"])
         self.assertEqual(result.out.splitlines(), ["alice", "alice", "/tmp", "pear"])
-        result = task.exec("id", "-u", options=["--user", "65534"])
+        result = task.exec("id", "-u", options=["--user", "65534:65534"])
         self.assertEqual(result.out, "65534")
 
     def test_exec_sees_the_container(self):
