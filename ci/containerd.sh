@@ -80,6 +80,19 @@ pod_annotations = ["io.husk.*"]
 # The devices of a privileged container are its guest's.
 privileged_without_host_devices = true
 TOML
+    case $version in
+    1.*) ;;
+    *)
+        cat <<TOML
+
+[plugins."$runtime".containerd.runtimes.husk-sandboxer]
+runtime_type = "io.containerd.husk.v2"
+sandboxer = "shim"
+pod_annotations = ["io.husk.*"]
+privileged_without_host_devices = true
+TOML
+        ;;
+    esac
 }
 
 # containerd_start ROOT STATE LOG [VERSION] - starts the containerd of PATH with its data in ROOT and

@@ -12,6 +12,8 @@ from harness import IMAGE, Case, wait_until
 
 # Where there is CRI, crictl is told of it here.
 CONFIG = "/etc/crictl.yaml"
+# containerd's runtime handler of the pods, if it is not the one of the runtime's name (`run --handler`).
+HANDLER = None
 
 
 class Container:
@@ -129,7 +131,7 @@ class PodCase(Case):
             **config,
         }
         path = self.write_json(wanted)
-        return self.crictl("runp", "--runtime", self.runtime, path), path
+        return self.crictl("runp", "--runtime", HANDLER or self.runtime, path), path
 
     def pod(self, **config):
         """A pod that runs, until the test is over."""

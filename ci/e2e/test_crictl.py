@@ -129,6 +129,40 @@ class Crictl(PodCase):
         self.assertEqual((status["exitCode"], status["reason"]), (137, "OOMKilled"))
         self.assertEqual(neighbour.output_of("echo", "alive"), "alive")
 
+    def test_the_machine_out_of_memory_kills_what_took_it(self):
+        if self.runtime != "husk":
+            self.skipTest("other pods have the host's memory")
+        pod = self.pod()
+        neighbour = pod.start()
+        # It looks for the end of a line that has none, and has no limit.
+        hungry = pod.start("tail", "/dev/zero")
+        self.assertEqual(hungry.wait_for_exit()["exitCode"], 137)
+        self.assertEqual(neighbour.output_of("echo", "alive"), "alive")
+        self.assertEqual(pod.start().output_of("echo", "new"), "new")
+
+    def test_stats_are_those_that_the_container_sees(self):
+        parent, _ = self.parent_group()
+        pod = self.pod(linux={"cgroup_parent": parent})
+        container = pod.start()
+        before = json.loads(self.crictl("stats", "--output", "json", "--id", container.id, code=0).out)["stats"][0]
+        container.output_of("sh", "-c", "head -c 40000000 /dev/zero >/dev/shm/file; i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done")
+        after = json.loads(self.crictl("stats", "--output", "json", "--id", container.id, code=0).out)["stats"][0]
+        spent = {word[0]: int(word[1]) for word in map(str.split, container.output_of("cat", "/sys/fs/cgroup/cpu.stat").splitlines())}
+
+        def cpu(stats):
+            return int(stats["cpu"]["usageCoreNanoSeconds"]["value"])
+
+        self.assertLess(cpu(before), cpu(after))
+        self.assertLessEqual(cpu(after), spent["usage_usec"] * 1000)
+        used = int(container.output_of("cat", "/sys/fs/cgroup/memory.current"))
+        told = int(after["memory"]["usageBytes"]["value"])
+        self.assertGreater(told, 40000000)
+        self.assertLess(abs(told - used), 8 * MIB)
+        self.assertGreater(int(after["memory"]["workingSetBytes"]["value"]), 40000000)
+        of_pod = json.loads(self.crictl("statsp", "--output", "json", "--id", pod.id, code=0).out)["stats"][0]["linux"]
+        self.assertGreater(int(of_pod["memory"]["usageBytes"]["value"]), 40000000)
+        self.assertEqual(of_pod["network"]["defaultInterface"]["name"], "eth0")
+
     def test_a_container_is_resized_in_place(self):
         container = self.pod().start(linux={"resources": {
             "memory_limit_in_bytes": 64 * MIB, "cpu_period": 100000, "cpu_quota": 50000}})

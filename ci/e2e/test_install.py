@@ -63,6 +63,8 @@ class InstallTest(Case):
         dump = subprocess.run(["containerd", "--config", self.config, "config", "dump"],
                               capture_output=True, text=True, check=True).stdout
         self.assertIn("io.containerd.husk.v2", dump)
+        # Beside the default, which up to 1.7 the first table of a runtime replaces.
+        self.assertRegex(dump, r"runtimes\.runc\]")
         # Nothing changes any more, so nothing is restarted.
         self.husk_node("install")
         self.assertEqual(self.restart_requests(), ["restart containerd"])

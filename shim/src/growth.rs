@@ -27,11 +27,25 @@ pub(crate) struct Demand {
 pub(crate) struct Demands(Mutex<HashMap<String, Demand>>);
 
 impl Sandbox {
-    /// Container `id` wants this from now on: makes its VM suit all.
+    /// Container `id` is to get this: makes its VM suit all first. Without that, it wants what it wanted before.
     pub(crate) async fn demand(&self, vm: &Vm, id: &str, demand: Demand) -> Result<(), Error> {
         let mut demands = self.demands().0.lock().await;
+        let before = demands.insert(id.to_owned(), demand);
+        let fitted = self.fit(vm, &demands).await;
+        if fitted.is_err() {
+            match before {
+                Some(before) => demands.insert(id.to_owned(), before),
+                None => demands.remove(id),
+            };
+        }
+        fitted
+    }
+
+    /// Container `id` has got this, and no more: the VM may shrink.
+    pub(crate) async fn demand_only(&self, vm: &Vm, id: &str, demand: Demand) {
+        let mut demands = self.demands().0.lock().await;
         demands.insert(id.to_owned(), demand);
-        self.fit(vm, &demands).await
+        self.try_to_fit(vm, &demands).await;
     }
 
     /// What container `id` wants.
@@ -44,7 +58,11 @@ impl Sandbox {
     pub(crate) async fn demand_nothing(&self, vm: &Vm, id: &str) {
         let mut demands = self.demands().0.lock().await;
         demands.remove(id);
-        match self.fit(vm, &demands).await {
+        self.try_to_fit(vm, &demands).await;
+    }
+
+    async fn try_to_fit(&self, vm: &Vm, demands: &HashMap<String, Demand>) {
+        match self.fit(vm, demands).await {
             Ok(()) | Err(Error::VmEnded(_)) => {}
             Err(err) => warn!("the VM cannot be changed: {}", err.chain()),
         }

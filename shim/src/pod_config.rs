@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use containerd_shim::protos::protobuf::Message;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
-use husk_protocol::cri::{DNSConfig, NamespaceMode, PodSandboxConfig};
+use husk_protocol::cri::{DNSConfig, IDMapping, NamespaceMode, PodSandboxConfig};
 use oci_spec::runtime::{Mount, Spec};
 use serde_json::{Value, json};
 
@@ -72,17 +72,29 @@ impl Described<'_> {
     fn oci_spec(&self) -> Value {
         let linux = self.config.linux.get_or_default();
         let security = linux.security_context.get_or_default();
-        let mut namespaces = vec![
-            json!({"type": "pid"}),
-            json!({"type": "ipc"}),
-            json!({"type": "uts"}),
-            json!({"type": "mount"}),
+        let options = security.namespace_options.get_or_default();
+        // What is left out is the host's, which is refused as it is in a configuration of containerd's own.
+        let own = [
+            ("pid", options.pid),
+            ("ipc", options.ipc),
+            ("uts", NamespaceMode::POD.into()),
+            ("mount", NamespaceMode::POD.into()),
         ];
-        if security.namespace_options.network.enum_value() != Ok(NamespaceMode::NODE) {
+        let mut namespaces: Vec<Value> = own
+            .into_iter()
+            .filter(|(_, mode)| mode.enum_value() != Ok(NamespaceMode::NODE))
+            .map(|(kind, _)| json!({"type": kind}))
+            .collect();
+        if options.network.enum_value() != Ok(NamespaceMode::NODE) {
             namespaces.push(match self.network_namespace {
                 "" => json!({"type": "network"}),
                 path => json!({"type": "network", "path": path}),
             });
+        }
+        let user = options.userns_options.as_ref();
+        let user = user.filter(|user| user.mode.enum_value() == Ok(NamespaceMode::POD));
+        if user.is_some() {
+            namespaces.push(json!({"type": "user"}));
         }
         let of_pod = self.config.annotations.iter();
         let mut annotations: HashMap<&str, String> = of_pod
@@ -106,13 +118,39 @@ impl Described<'_> {
             "process": {"args": ["pause"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
             "hostname": self.config.hostname,
             "annotations": annotations,
-            "linux": {"namespaces": namespaces, "sysctl": linux.sysctls}
+            "linux": {
+                "namespaces": namespaces,
+                "sysctl": linux.sysctls,
+                "cgroupsPath": cgroups_path(&linux.cgroup_parent, self.id),
+                "uidMappings": user.map(|user| mappings(&user.uids)),
+                "gidMappings": user.map(|user| mappings(&user.gids))
+            }
         })
     }
 }
 
+/// The control group of the pod's sandbox, as containerd writes it: a path, or for systemd slice, prefix and name.
+fn cgroups_path(parent: &str, id: &str) -> Option<String> {
+    let slice = parent.rsplit('/').next().unwrap_or_default();
+    match parent {
+        "" => None,
+        _ if slice.ends_with(".slice") => Some(format!("{slice}:cri-containerd:{id}")),
+        _ => Some(format!("{parent}/{id}")),
+    }
+}
+
+fn mappings(of_cri: &[IDMapping]) -> Vec<Value> {
+    let mappings = of_cri.iter();
+    mappings
+        .map(|ids| {
+            json!({"containerID": ids.container_id, "hostID": ids.host_id, "size": ids.length})
+        })
+        .collect()
+}
+
 /// Gives a container of the pod `sandbox` the files that are in the sandbox's bundle, if there are any: instead of those
-/// that containerd has only for pods that it makes itself, and where it mounts none.
+/// that containerd has only for pods that it makes itself, and where it mounts none. So with the pod's /dev/shm, which
+/// otherwise would be the container's own.
 pub(crate) fn supply(spec: &mut Spec, sandbox: &str, bundle: &Path) {
     let files = bundle.join(FILES);
     if !files.exists() {
@@ -126,6 +164,12 @@ pub(crate) fn supply(spec: &mut Spec, sandbox: &str, bundle: &Path) {
             .and_then(|source| own_file(source, sandbox, bundle));
         if supplied.is_some() {
             mount.set_source(supplied);
+        }
+        if mount.destination() == Path::new("/dev/shm") && mount.typ().as_deref() == Some("tmpfs") {
+            mount
+                .set_typ(Some("bind".to_owned()))
+                .set_source(Some(files.join(sandbox).join("shm")))
+                .set_options(Some(["rbind", "rw"].map(str::to_owned).into()));
         }
     }
     for name in [HOSTS, HOSTNAME, RESOLV_CONF] {
@@ -187,6 +231,8 @@ fn create_dir(path: &Path) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType};
+
     use super::*;
     use crate::network::Place;
     use crate::pod::{Kind, Limits};
@@ -232,6 +278,60 @@ mod tests {
             Place::of(&spec),
             Place::Namespace(path) if path == Path::new("/run/netns/n")
         ));
+    }
+
+    #[test]
+    fn what_is_of_the_host_is_left_out() {
+        let mut config = PodSandboxConfig::new();
+        let linux = config.linux.mut_or_insert_default();
+        let security = linux.security_context.mut_or_insert_default();
+        let options = security.namespace_options.mut_or_insert_default();
+        options.pid = NamespaceMode::NODE.into();
+        options.ipc = NamespaceMode::NODE.into();
+        let spec = spec(config);
+        let namespaces = spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+        let kinds: Vec<_> = namespaces.iter().map(LinuxNamespace::typ).collect();
+        let [uts, mount, network] = [
+            LinuxNamespaceType::Uts,
+            LinuxNamespaceType::Mount,
+            LinuxNamespaceType::Network,
+        ];
+        assert_eq!(kinds, [uts, mount, network]);
+    }
+
+    #[test]
+    fn users_and_control_group_are_those_of_the_pod() {
+        let mut config = PodSandboxConfig::new();
+        let linux = config.linux.mut_or_insert_default();
+        linux.cgroup_parent = "/kubepods/pod7".to_owned();
+        let security = linux.security_context.mut_or_insert_default();
+        let options = security.namespace_options.mut_or_insert_default();
+        let user = options.userns_options.mut_or_insert_default();
+        let mut ids = IDMapping::new();
+        (ids.host_id, ids.length) = (65536, 1000);
+        user.uids.push(ids);
+        let spec = spec(config);
+        let linux = spec.linux().as_ref().unwrap();
+        assert_eq!(
+            linux.cgroups_path().as_deref(),
+            Some(Path::new("/kubepods/pod7/p"))
+        );
+        let ids = &linux.uid_mappings().as_ref().unwrap()[0];
+        assert_eq!(
+            (ids.host_id(), ids.container_id(), ids.size()),
+            (65536, 0, 1000)
+        );
+        let namespaces = linux.namespaces().as_ref().unwrap();
+        assert!(
+            namespaces
+                .iter()
+                .any(|one| one.typ() == LinuxNamespaceType::User)
+        );
+        assert_eq!(
+            cgroups_path("/kubepods.slice/kubepods-pod7.slice", "p").as_deref(),
+            Some("kubepods-pod7.slice:cri-containerd:p")
+        );
+        assert_eq!(cgroups_path("", "p"), None);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use std::io;
 use std::net::{Ipv4Addr, TcpListener as StdListener};
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use husk_protocol::{FORWARD_CONNECTED, FORWARD_PORT};
 use log::{debug, warn};
@@ -17,6 +18,9 @@ use super::namespace::Namespace;
 use super::steer::steer;
 use crate::error::{Error, chain};
 use crate::vmm::Worker;
+
+/// How long a connection waits that cannot be accepted now.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// A socket that listens on every port of a namespace's loopback addresses, as long as this exists.
 #[derive(Debug)]
@@ -57,12 +61,12 @@ impl Forward {
                 }
                 // The client has gone meanwhile.
                 Err(err) if err.kind() == io::ErrorKind::ConnectionAborted => {}
-                // Most likely there are no descriptors left; a relay that ends gives some back.
+                // Most likely there are no descriptors left; a relay that ends gives some back. Nobody tells when something
+                // else does.
                 Err(err) => {
                     warn!("a connection to a port of the pod has to wait: {err}");
                     if relays.join_next().await.is_none() {
-                        warn!("ports of the pod are not forwarded any more: {err}");
-                        return;
+                        tokio::time::sleep(RETRY).await;
                     }
                 }
             }

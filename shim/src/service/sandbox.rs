@@ -3,6 +3,7 @@
 //! OCI configuration is written here ([`crate::pod_config`]) instead of by containerd.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
@@ -17,6 +18,7 @@ use containerd_shim_protos::sandbox_api::{
     WaitSandboxResponse,
 };
 use containerd_shim_protos::sandbox_async;
+use serde_json::{Value, json};
 
 use super::{answer, to_the_end};
 use crate::container::Status;
@@ -147,7 +149,16 @@ impl sandbox_async::Sandbox for SandboxService {
     ) -> TtrpcResult<SandboxStatusResponse> {
         let state = answer("sandbox status", self.sandbox.state(&req.sandbox_id, ""))?;
         let is_ready = state.status == Status::Running;
+        let mut info = HashMap::new();
+        if req.verbose {
+            // What `crictl inspectp` shows, under the keys that containerd has for its own pods.
+            let spec = std::fs::read(Path::new(&state.bundle).join("config.json")).ok();
+            let spec = spec.and_then(|text| serde_json::from_slice::<Value>(&text).ok());
+            let shown = json!({"pid": state.pid, "runtimeSpec": spec});
+            info.insert("info".to_owned(), shown.to_string());
+        }
         Ok(SandboxStatusResponse {
+            info,
             sandbox_id: state.id,
             pid: state.pid,
             state: if is_ready { READY } else { NOT_READY }.to_owned(),
@@ -170,6 +181,8 @@ impl sandbox_async::Sandbox for SandboxService {
     ) -> TtrpcResult<ShutdownSandboxResponse> {
         let sandbox = self.sandbox.clone();
         let shutdown = async move {
+            // A container that is still being created would keep the shim.
+            sandbox.abandon();
             sandbox.stop().await?;
             sandbox.delete_all().await?;
             sandbox.shutdown().await;

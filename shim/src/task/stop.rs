@@ -10,13 +10,22 @@ use crate::sandbox::Sandbox;
 
 impl Sandbox {
     /// Kills every container and waits for their ends, which [`Sandbox::kill`] sees to. May be called more than once.
+    ///
+    /// # Errors
+    /// The first one; the other containers are killed all the same.
     pub(crate) async fn stop(self: &Arc<Self>) -> Result<(), Error> {
         let containers = self.containers();
+        let mut failed = None;
         for container in &containers {
             match self.kill(container.id(), "", KILL, true).await {
                 Ok(()) | Err(Error::ProcessFinished | Error::ContainerNotFound { .. }) => {}
-                Err(err) => return Err(err),
+                Err(err) => {
+                    failed.get_or_insert(err);
+                }
             }
+        }
+        if let Some(err) = failed {
+            return Err(err);
         }
         join_all(containers.iter().map(|container| container.init().wait())).await;
         Ok(())

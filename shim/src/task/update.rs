@@ -40,7 +40,7 @@ impl Sandbox {
         self.demand(vm, id, larger).await?;
         let updated = vm.agent().update_container(id, resources).await;
         let now = if updated.is_ok() { after } else { before };
-        self.demand(vm, id, now).await?;
+        self.demand_only(vm, id, now).await;
         if container.status() == Status::Stopped {
             // It may have ended meanwhile.
             self.demand_nothing(vm, id).await;

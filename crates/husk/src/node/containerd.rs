@@ -8,6 +8,15 @@ use toml_edit::{Array, DocumentMut, Item, Table, TableLike, value};
 /// By the name of the RuntimeClass' handler.
 const HANDLER: &str = "husk";
 const RUNTIME_TYPE: &str = "io.containerd.husk.v2";
+/// The runtime that containerd has without being told.
+const DEFAULT: &str = "runc";
+const DEFAULT_TYPE: &str = "io.containerd.runc.v2";
+/// Before what is written of the default, by which it is found again.
+const DEFAULT_NOTE: &str =
+    "\n# containerd's default. Up to 1.7 it knows none if another runtime, husk, is configured.\n";
+/// The version of configurations up to containerd 1.7, which later ones read as well.
+const OLD: i64 = 2;
+const RUNTIMES: &str = "runtimes";
 /// Those that pods may set, and a node lets through.
 const ANNOTATIONS: &str = "io.husk.*";
 
@@ -33,10 +42,11 @@ pub(super) fn register(text: &str) -> Result<String, Refusal> {
     let mut document = text.parse::<DocumentMut>()?;
     if document.is_empty() {
         // Every containerd since 1.5 reads it.
-        document["version"] = value(2);
+        document["version"] = value(OLD);
     }
+    let version = version(document.as_table());
     let mut at: &mut dyn TableLike = document.as_table_mut();
-    for key in path(version(at))? {
+    for key in path(version, HANDLER)? {
         let item = at.entry(key).or_insert_with(|| {
             let mut table = Table::new();
             table.set_implicit(key != HANDLER);
@@ -45,6 +55,12 @@ pub(super) fn register(text: &str) -> Result<String, Refusal> {
         at = item
             .as_table_like_mut()
             .ok_or_else(|| Refusal::NoTable(key.to_owned()))?;
+        if key == RUNTIMES && version == OLD && !at.contains_key(DEFAULT) {
+            let mut runc = Table::new();
+            runc.insert("runtime_type", value(DEFAULT_TYPE));
+            runc.decor_mut().set_prefix(DEFAULT_NOTE);
+            at.insert(DEFAULT, Item::Table(runc));
+        }
     }
     at.entry("runtime_type").or_insert(value(RUNTIME_TYPE));
     // Privileged means root in the guest, and the devices of the guest.
@@ -61,9 +77,28 @@ pub(super) fn unregister(text: &str) -> Result<String, Refusal> {
     if document.is_empty() {
         return Ok(text.to_owned());
     }
-    let path = path(version(document.as_table()))?;
-    remove(document.as_table_mut(), &path);
+    let version = version(document.as_table());
+    let default = path(version, DEFAULT)?;
+    if has_note(document.as_table(), &default) {
+        remove(document.as_table_mut(), &default);
+    }
+    remove(document.as_table_mut(), &path(version, HANDLER)?);
     Ok(document.to_string())
+}
+
+/// Whether the table at `path` is the default that [`register`] wrote.
+fn has_note(root: &dyn TableLike, path: &[&str]) -> bool {
+    let (last, way) = path.split_last().expect("it leads to a runtime");
+    let mut at = root;
+    for key in way {
+        match at.get(key).and_then(Item::as_table_like) {
+            Some(table) => at = table,
+            None => return false,
+        }
+    }
+    let table = at.get(last).and_then(Item::as_table);
+    let prefix = table.and_then(|table| table.decor().prefix()?.as_str());
+    prefix.is_some_and(|prefix| prefix.ends_with(DEFAULT_NOTE.trim_start()))
 }
 
 fn remove(table: &mut dyn TableLike, path: &[&str]) {
@@ -89,14 +124,14 @@ fn version(root: &dyn TableLike) -> i64 {
     root.get("version").and_then(Item::as_integer).unwrap_or(1)
 }
 
-/// Where the handler is in a configuration of that version.
-fn path(version: i64) -> Result<[&'static str; 5], Refusal> {
+/// Where a runtime is in a configuration of that version.
+fn path(version: i64, runtime: &'static str) -> Result<[&'static str; 5], Refusal> {
     let plugin = match version {
-        2 => "io.containerd.grpc.v1.cri",
+        OLD => "io.containerd.grpc.v1.cri",
         3 => "io.containerd.cri.v1.runtime",
         other => return Err(Refusal::Version(other)),
     };
-    Ok(["plugins", plugin, "containerd", "runtimes", HANDLER])
+    Ok(["plugins", plugin, "containerd", RUNTIMES, runtime])
 }
 
 #[cfg(test)]
@@ -111,10 +146,15 @@ version = 2
 "#;
 
     #[test]
-    fn an_empty_configuration_gets_the_handler_alone() {
+    fn an_empty_configuration_gets_the_handler_beside_the_default() {
+        let text = register("").unwrap();
         assert_eq!(
-            register("").unwrap(),
+            text,
             r#"version = 2
+
+# containerd's default. Up to 1.7 it knows none if another runtime, husk, is configured.
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
 
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.husk]
 runtime_type = "io.containerd.husk.v2"
@@ -122,6 +162,7 @@ privileged_without_host_devices = true
 pod_annotations = ["io.husk.*"]
 "#
         );
+        assert_eq!(unregister(&text).unwrap(), "version = 2\n");
     }
 
     #[test]
