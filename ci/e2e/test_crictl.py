@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import urllib.request
 
 from cri import PodCase
@@ -46,6 +47,35 @@ class Crictl(PodCase):
         ipv4, ipv6 = server.addresses
         self.assertEqual(self.fetch(client, f"http://{ipv4}:8080/"), "hello")
         self.assertEqual(self.fetch(client, f"http://[{ipv6}]:8080/"), "hello")
+
+    def test_a_pods_rate_is_limited(self):
+        annotations = {f"kubernetes.io/{way}-bandwidth": "80M" for way in ("ingress", "egress")}
+        pod = self.pod(annotations=annotations)
+        self.serve(pod, "slowly")
+        # At the host's end of the interface, and of the one through which all goes that the pod sends.
+        limits = re.findall(r"^qdisc tbf .* rate 80Mbit", self.command("tc", "qdisc", "show", code=0).out, re.M)
+        self.assertEqual(len(limits), 2)
+        self.assertEqual(self.fetch(self.pod().start(), f"http://{pod.addresses[0]}:8080/"), "slowly")
+
+    def test_a_namespace_of_another_plugin(self):
+        """`ptp`, whose gateway is not on the pod's link but by a route of its own."""
+        name = f"e2e-ptp-{os.getpid()}"
+        self.command("ip", "netns", "add", name, code=0)
+        self.addCleanup(subprocess.run, ["ip", "netns", "del", name], check=False)
+        ipam = {"type": "host-local", "subnet": "10.245.0.0/24", "routes": [{"dst": "0.0.0.0/0"}]}
+        config = json.dumps({"cniVersion": "1.0.0", "name": "ptp", "type": "ptp", "ipam": ipam})
+
+        def call(command):
+            environment = {"CNI_COMMAND": command, "CNI_CONTAINERID": name, "CNI_NETNS": f"/run/netns/{name}",
+                           "CNI_IFNAME": "eth0", "CNI_PATH": "/opt/cni/bin"}
+            return subprocess.run(["/opt/cni/bin/ptp"], input=config, env={**os.environ, **environment},
+                                  capture_output=True, text=True, check=True).stdout
+
+        address = json.loads(call("ADD"))["ips"][0]
+        self.addCleanup(call, "DEL")
+        task = self.start(options=["--with-ns", f"network:/run/netns/{name}"])
+        self.assertIn(address["address"].split("/")[0], task.exec("ip", "addr", "show", "eth0", code=0).out)
+        task.exec("ping", "-c", "3", address["gateway"], code=0)
 
     def test_a_host_port_leads_to_the_pod(self):
         pod = self.pod(port_mappings=[{"protocol": 0, "container_port": 8080, "host_port": 18080}])
