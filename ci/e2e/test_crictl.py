@@ -193,6 +193,15 @@ class Crictl(PodCase):
         self.assertGreater(int(of_pod["memory"]["usageBytes"]["value"]), 40000000)
         self.assertEqual(of_pod["network"]["defaultInterface"]["name"], "eth0")
 
+    def test_a_termination_message_reaches_the_host(self):
+        path = os.path.join(self.folder, "message")
+        with open(path, "wb"):
+            pass
+        mounts = [{"host_path": path, "container_path": "/dev/termination-log"}]
+        self.pod().start("sh", "-c", "echo why >/dev/termination-log", mounts=mounts).wait_for_exit()
+        with open(path, encoding="ascii") as file:
+            self.assertEqual(file.read(), "why\n")
+
     def test_a_container_is_resized_in_place(self):
         container = self.pod().start(linux={"resources": {
             "memory_limit_in_bytes": 64 * MIB, "cpu_period": 100000, "cpu_quota": 50000}})

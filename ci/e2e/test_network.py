@@ -27,6 +27,12 @@ def sh(*argv):
     return done.stdout
 
 
+def name_of(pid, thread):
+    """The name of a thread."""
+    with open(f"/proc/{pid}/task/{thread}/comm", encoding="ascii") as file:
+        return file.read().strip()
+
+
 class Pod:
     """A network namespace with an interface on a bridge of the node, as the bridge plug-in leaves it."""
 
@@ -244,6 +250,26 @@ class Network(Case):
         task.wait_for("STOPPED")
         task.end()
         self.assertEqual(pod.traces(), before)
+
+    def test_either_datapath_can_be_forced(self):
+        if self.runtime != "husk":
+            self.skipTest("there is one kernel")
+        pod = Pod(self)
+        path = os.path.join(self.folder, "husk.toml")
+        for datapath in ("worker", "vhost"):
+            with self.subTest(datapath=datapath):
+                with open(path, "w", encoding="ascii") as file:
+                    # More than one pair of queues, too.
+                    file.write(f'[vm]\nvcpus = 2\n[network]\ndatapath = "{datapath}"\n')
+                task = self.start(options=[*pod.options, "--runtime-config-path", path])
+                threads = [name_of(task.pid, thread) for thread in os.listdir(f"/proc/{task.pid}/task")]
+                # With vhost-net one thread remains, for the control queue.
+                self.assertEqual(threads.count("net"), 2 if datapath == "worker" else 1, threads)
+                for address in (HOST4, HOST6):
+                    task.exec("ping", "-c", "3", address, code=0)
+                task.ctr("kill", "-s", "SIGKILL", code=0)
+                task.wait_for("STOPPED")
+                task.end()
 
     def test_what_changes_later_is_changed(self):
         pod = Pod(self)
