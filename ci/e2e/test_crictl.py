@@ -193,6 +193,24 @@ class Crictl(PodCase):
         self.assertGreater(int(of_pod["memory"]["usageBytes"]["value"]), 40000000)
         self.assertEqual(of_pod["network"]["defaultInterface"]["name"], "eth0")
 
+    def test_a_wrong_configuration_is_for_the_next_pod(self):
+        if self.runtime != "husk":
+            self.skipTest("it is husk's")
+        pod = self.pod()
+        with open("/etc/husk/husk.toml", encoding="ascii") as file:
+            right = file.read()
+
+        def write(text):
+            with open("/etc/husk/husk.toml", "w", encoding="ascii") as file:
+                file.write(text)
+
+        self.addCleanup(write, right)
+        write("[vm]\nvcpu = 2\n")
+        self.assertEqual(pod.start().output_of("echo", "restarted"), "restarted")
+        refused, _ = self.try_pod()
+        self.assertNotEqual(refused.code, 0)
+        self.assertIn("vcpu", refused.err)
+
     def test_a_termination_message_reaches_the_host(self):
         path = os.path.join(self.folder, "message")
         with open(path, "wb"):

@@ -21,6 +21,14 @@ use crate::size::VmSizes;
 use crate::storage::Share;
 use crate::vm::Vm;
 
+/// A VM that is to be booted.
+#[derive(Debug)]
+pub(crate) struct Machine<'a> {
+    pub(crate) config: husk_config::Config,
+    pub(crate) sizes: VmSizes,
+    pub(crate) network: Wanted<'a>,
+}
+
 /// The VM, booted by the first container that needs it; those that come meanwhile wait for the same boot.
 type VmCell = Arc<OnceCell<Arc<Vm>>>;
 
@@ -142,20 +150,26 @@ impl Sandbox {
         self.cgroup.get()
     }
 
-    /// The sandbox's VM; boots it, with the network that is wanted, if there is none yet. `give_up` ends a boot that is
-    /// under way with the error `Abandoned`.
+    /// The sandbox's VM; boots `machine` if there is none yet. `give_up` ends a boot that is under way with the error
+    /// `Abandoned`.
+    ///
+    /// # Panics
+    /// When there is neither.
     pub(crate) async fn vm(
         &self,
-        config: &husk_config::Config,
-        sizes: VmSizes,
-        network: &Wanted<'_>,
+        machine: Option<Machine<'_>>,
         give_up: &Notify,
     ) -> Result<Arc<Vm>, Error> {
         let cell = lock(&self.vm).clone();
         let vm = cell
             .get_or_try_init(async || {
-                let network = Network::set_up(network).await?;
-                Vm::boot(config, sizes, &self.share.exported(), network, give_up)
+                let Machine {
+                    config,
+                    sizes,
+                    network,
+                } = machine.expect("there is a VM, which stays while a container is created");
+                let network = Network::set_up(&network).await?;
+                Vm::boot(&config, sizes, &self.share.exported(), network, give_up)
                     .await
                     .map(Arc::new)
             })

@@ -23,7 +23,7 @@ use crate::options;
 use crate::pod::{Kind, Limits};
 use crate::pod_config;
 use crate::process::{Process, TtySize};
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Machine, Sandbox};
 use crate::size::{VmSize, VmSizes};
 use crate::spec::{self, Divided};
 use crate::storage::{self, ContainerStorage, OpenDisks, Wanted};
@@ -88,10 +88,6 @@ impl Sandbox {
     async fn build(&self, request: Create) -> Result<Container, Error> {
         let begin = Instant::now();
         let mut spec = load_spec(&request.bundle)?;
-        let annotations = spec.annotations().iter().flatten();
-        let config = options::config(request.options.as_ref())?
-            .with_annotations(annotations.map(|(name, value)| (name.as_str(), value.as_str())))
-            .map_err(Error::Config)?;
         let kind = Kind::of(&spec)?;
         if let Kind::Member { sandbox } = &kind {
             let bundle = self.running_sandbox(sandbox)?.bundle().to_owned();
@@ -105,13 +101,12 @@ impl Sandbox {
         if first && let Some(path) = cgroups_path(&spec) {
             self.enter_cgroup(path);
         }
-        let allowed = self.cgroup().and_then(PodCgroup::memory_limit);
-        let sizes = VmSizes::new(limits, config.vm(), VmSize::of_host()?, allowed)?;
-        let network = network::Wanted {
-            place: network::Place::of(&spec),
-            config: config.network(),
-            vcpus: sizes.start.vcpus,
-            record: &request.bundle.join(NETWORK_FILE),
+        let record = request.bundle.join(NETWORK_FILE);
+        // What is configured meanwhile is for the next pod.
+        let machine = if first {
+            Some(self.machine(&request, &spec, limits, &record)?)
+        } else {
+            None
         };
         let process = spec.process().as_ref();
         let oom_score_adj = process.and_then(OciProcess::oom_score_adj).unwrap_or(0);
@@ -143,7 +138,7 @@ impl Sandbox {
             };
             Ok((storage, ends))
         };
-        let (vm, host) = tokio::join!(self.vm(&config, sizes, &network, &host_failed), host);
+        let (vm, host) = tokio::join!(self.vm(machine, &host_failed), host);
         let (mut storage, ends) = host?;
         let vm = vm?;
         if kind != Kind::Sandbox {
@@ -239,6 +234,33 @@ impl Sandbox {
             storage,
             disks,
         }))
+    }
+
+    /// The VM that is to be booted for a container.
+    fn machine<'a>(
+        &self,
+        request: &Create,
+        spec: &Spec,
+        limits: Limits,
+        record: &'a Path,
+    ) -> Result<Machine<'a>, Error> {
+        let annotations = spec.annotations().iter().flatten();
+        let config = options::config(request.options.as_ref())?
+            .with_annotations(annotations.map(|(name, value)| (name.as_str(), value.as_str())))
+            .map_err(Error::Config)?;
+        let allowed = self.cgroup().and_then(PodCgroup::memory_limit);
+        let sizes = VmSizes::new(limits, config.vm(), VmSize::of_host()?, allowed)?;
+        let network = network::Wanted {
+            place: network::Place::of(spec),
+            config: config.network(),
+            vcpus: sizes.start.vcpus,
+            record,
+        };
+        Ok(Machine {
+            config,
+            sizes,
+            network,
+        })
     }
 
     /// Containers come after their sandbox, and not without it: its VM is theirs.
