@@ -191,7 +191,7 @@ fn network_device_comes_and_goes() {
             if [ $ACTION = remove ]; then echo HUSK remove $INTERFACE; exit; fi\n\
             [ $ACTION = add ] || exit 0\n\
             cd /sys$DEVPATH; n=$(cut -d: -f6 address); n=$((0x$n))\n\
-            ip addr add 10.9.$n.2/24 dev $INTERFACE; ip link set $INTERFACE up\n\
+            ip addr add 10.9.$n.2/24 dev $INTERFACE; ip link set $INTERFACE mtu 9000 up\n\
             ping -c 1 10.9.$n.1 > /dev/null && echo HUSK add $(cat address mtu)\n";
         let running = Guest::new(&support::on_uevent(script)).start();
         running.console.wait_for("HUSK is up\n");
@@ -203,9 +203,10 @@ fn network_device_comes_and_goes() {
             let device = DeviceConfig::Nic(config);
             let id = device.id();
             add(&running.vmm, device, files).unwrap();
+            // An MTU beyond that of the start can be set.
             running
                 .console
-                .wait_for(&format!("HUSK add 02:00:00:00:00:0{last} 1400\n"));
+                .wait_for(&format!("HUSK add 02:00:00:00:00:0{last} 9000\n"));
             remove(&running.vmm, &id).unwrap();
             assert_eq!(descriptors(), fds);
             wait_for_threads(threads);
