@@ -81,13 +81,9 @@ pub(crate) async fn update(request: &UpdateNetworkRequest) -> Result<()> {
         .filter_map(|(mac, interface)| Some((*interface, devices.get(mac)?)))
         .collect();
 
-    let others: Vec<&Device> = devices
-        .iter()
-        .filter(|(mac, _)| !wanted.iter().any(|(wanted, _)| wanted == *mac))
-        .map(|(_, device)| device)
-        .collect();
-    for device in others {
-        if pairs.iter().any(|(one, _)| one.name == device.name) {
+    for (mac, device) in &devices {
+        let has_its_name = |(interface, _): &(&Interface, _)| interface.name == device.name;
+        if !wanted.iter().any(|(one, _)| one == mac) && pairs.iter().any(has_its_name) {
             retire(&netlink, device).await?;
         }
     }
@@ -208,6 +204,10 @@ async fn retire(netlink: &Handle, device: &Device) -> Result<()> {
     let set = netlink.link().set(down).execute().await;
     set.map_err(system_error)
         .during(format!("setting down {}, which is gone", device.name))?;
+    let_go_of_name(netlink, device).await
+}
+
+async fn let_go_of_name(netlink: &Handle, device: &Device) -> Result<()> {
     set_name(netlink, device.index, &format!("husk{}", device.index)).await
 }
 
@@ -218,7 +218,7 @@ async fn rename(netlink: &Handle, pairs: &[(&Interface, &Device)]) -> Result<()>
         .filter(|(interface, device)| interface.name != device.name)
         .collect();
     for (_, device) in &other {
-        set_name(netlink, device.index, &format!("husk{}", device.index)).await?;
+        let_go_of_name(netlink, device).await?;
     }
     for (interface, device) in &other {
         set_name(netlink, device.index, &interface.name).await?;

@@ -231,6 +231,7 @@ fn create_dir(path: &Path) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use husk_protocol::cri::NamespaceOption;
     use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType};
 
     use super::*;
@@ -247,6 +248,12 @@ mod tests {
             annotations,
             config,
         }
+    }
+
+    fn namespace_options(config: &mut PodSandboxConfig) -> &mut NamespaceOption {
+        let linux = config.linux.mut_or_insert_default();
+        let security = linux.security_context.mut_or_insert_default();
+        security.namespace_options.mut_or_insert_default()
     }
 
     fn spec(config: PodSandboxConfig) -> Spec {
@@ -283,9 +290,7 @@ mod tests {
     #[test]
     fn what_is_of_the_host_is_left_out() {
         let mut config = PodSandboxConfig::new();
-        let linux = config.linux.mut_or_insert_default();
-        let security = linux.security_context.mut_or_insert_default();
-        let options = security.namespace_options.mut_or_insert_default();
+        let options = namespace_options(&mut config);
         options.pid = NamespaceMode::NODE.into();
         options.ipc = NamespaceMode::NODE.into();
         let spec = spec(config);
@@ -304,8 +309,7 @@ mod tests {
         let mut config = PodSandboxConfig::new();
         let linux = config.linux.mut_or_insert_default();
         linux.cgroup_parent = "/kubepods/pod7".to_owned();
-        let security = linux.security_context.mut_or_insert_default();
-        let options = security.namespace_options.mut_or_insert_default();
+        let options = namespace_options(&mut config);
         let user = options.userns_options.mut_or_insert_default();
         let mut ids = IDMapping::new();
         (ids.host_id, ids.length) = (65536, 1000);
@@ -337,9 +341,7 @@ mod tests {
     #[test]
     fn a_pod_in_the_hosts_network_asks_for_it() {
         let mut config = PodSandboxConfig::new();
-        let linux = config.linux.mut_or_insert_default();
-        let security = linux.security_context.mut_or_insert_default();
-        let options = security.namespace_options.mut_or_insert_default();
+        let options = namespace_options(&mut config);
         options.network = NamespaceMode::NODE.into();
         assert!(matches!(Place::of(&spec(config)), Place::Host));
     }
