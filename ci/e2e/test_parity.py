@@ -239,10 +239,11 @@ class Parity(Case):
             task.ctr("kill", "-s", "SIGKILL")
             task.wait_for("STOPPED")
             task.ctr("rm")
-            wait_until(lambda: any(topic == "/tasks/delete" and fields.get("id") != "e1"
-                                   for topic, fields in events.of(task.name)), "the last event")
+            wait_until(lambda: any(topic == "/tasks/exit" and fields.get("id") == task.name
+                                   for topic, fields in events.of(task.name)), "the end")
             for topic, fields in events.of(task.name):
-                if topic.startswith("/tasks/"):
+                # runc's shim may end before containerd has its last event; that husk's does not, test_task sees.
+                if topic.startswith("/tasks/") and (topic != "/tasks/delete" or fields.get("id") == "e1"):
                     note("event", f"{topic} {fields.get('exit_status')} {fields.get('exec_id')} {sorted(fields)}")
             events.close()
         self.compare(script)
