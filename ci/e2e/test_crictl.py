@@ -159,6 +159,15 @@ class Crictl(PodCase):
         self.assertEqual((status["exitCode"], status["reason"]), (137, "OOMKilled"))
         self.assertEqual(neighbour.output_of("echo", "alive"), "alive")
 
+    def test_a_container_that_has_lost_a_process_for_want_of_memory_is_oom_killed(self):
+        # containerd says so of any container that it had the event of, however that ends.
+        container = self.pod().start("sh", "-c", "while [ ! -e /end ]; do sleep 0.2; done",
+                                     linux={"resources": {"memory_limit_in_bytes": 64 * MIB}})
+        self.assertNotEqual(container.exec("dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1").code, 0)
+        container.exec("touch", "/end", code=0)
+        self.assertEqual(container.wait_for_exit()["exitCode"], 0)
+        wait_until(lambda: container.status["reason"] == "OOMKilled", "the reason", timeout=30)
+
     def test_the_machine_out_of_memory_kills_what_took_it(self):
         if self.runtime != "husk":
             self.skipTest("other pods have the host's memory")
