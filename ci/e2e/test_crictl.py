@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import urllib.request
@@ -124,6 +125,21 @@ class Crictl(PodCase):
         refused = client(9)
         self.assertNotEqual(refused.code, 0)
         self.assertRegex(refused.err, "Connection (reset|refused)|Broken pipe")
+
+    def test_a_terminal_follows_its_window(self):
+        # Its size is set after the start, and whoever attaches sees what is written from then on: so it is asked for all the time.
+        script = "while :; do stty size; sleep 0.2; done"
+        pod = self.pod()
+        idle, asking = pod.start(), pod.start("sh", "-c", script, tty=True, stdin=True)
+        for verb, *arguments in (("exec", idle.id, "sh", "-c", script), ("attach", asking.id)):
+            terminal = Terminal(self, ["crictl", verb, "-it", *arguments], rows=33, columns=111)
+            terminal.expect("33 111\r")
+            for rows, columns in (40, 120), (50, 70):
+                terminal.resize(rows, columns)
+                terminal.expect(f"{rows} {columns}\r")
+            terminal.type("\x03")
+            terminal.wait()
+        self.assertEqual(asking.wait_for_exit()["exitCode"], 128 + signal.SIGINT)
 
     def test_a_config_map_is_updated_at_once(self):
         # As the kubelet's atomic writer does it: the keys are links through `..data`, which is replaced by renaming.
