@@ -3,14 +3,15 @@
 //! ports at once ([`super::steer`]), and relays each connection to the agent, which connects to the same port in the guest.
 
 use std::io;
-use std::net::{Ipv4Addr, TcpListener as StdListener};
+use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use husk_protocol::{FORWARD_CONNECTED, FORWARD_PORT};
 use log::{debug, warn};
+use rustix::net::sockopt::set_ip_freebind;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
 use super::error::NetworkError;
@@ -21,6 +22,9 @@ use crate::vmm::Worker;
 
 /// How long a connection waits that cannot be accepted now.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// How many connections wait to be accepted at most.
+const BACKLOG: u32 = 128;
 
 /// A socket that listens on every port of a namespace's loopback addresses, as long as this exists.
 #[derive(Debug)]
@@ -33,18 +37,14 @@ impl Forward {
     /// Listens in `namespace` from now on: until [`Forward::serve`] is called, connections wait.
     pub(super) async fn listen(namespace: &Namespace) -> Result<Self, NetworkError> {
         let listener = namespace
-            .inside(|| StdListener::bind((Ipv4Addr::LOCALHOST, 0)))
+            .inside(listen)
             .await?
             .map_err(NetworkError::Forward)?;
         let steering = steer(&listener, namespace.as_fd()).map_err(NetworkError::Forward)?;
-        listener
-            .set_nonblocking(true)
-            .and_then(|()| TcpListener::from_std(listener))
-            .map(|listener| Self {
-                listener,
-                _steering: steering,
-            })
-            .map_err(NetworkError::Forward)
+        Ok(Self {
+            listener,
+            _steering: steering,
+        })
     }
 
     /// Relays connections to the guest of `worker`, for ever.
@@ -72,6 +72,14 @@ impl Forward {
             }
         }
     }
+}
+
+fn listen() -> io::Result<TcpListener> {
+    let socket = TcpSocket::new_v4()?;
+    // As long as the interface is down, the namespace has no such address.
+    set_ip_freebind(&socket, true)?;
+    socket.bind((Ipv4Addr::LOCALHOST, 0).into())?;
+    socket.listen(BACKLOG)
 }
 
 async fn relay(mut client: TcpStream, worker: Worker) {

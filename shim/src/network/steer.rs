@@ -4,7 +4,6 @@
 //! descriptors: the kernel forgets it with the process that holds them.
 
 use std::io;
-use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::libc::{self, c_int, c_long};
@@ -83,7 +82,7 @@ struct LinkCreate {
 
 /// From now on `listener` gets what is connected to 127.0.0.0/8 in `namespace`, which has to be its own; until the returned
 /// descriptor is closed.
-pub(super) fn steer(listener: &TcpListener, namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+pub(super) fn steer(listener: &impl AsFd, namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     // Before 5.11 maps and programs count towards this limit, for all shims together. Where it cannot be raised it may do.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     let map = socket_map(listener)?;
@@ -99,7 +98,7 @@ pub(super) fn steer(listener: &TcpListener, namespace: BorrowedFd<'_>) -> io::Re
 }
 
 /// A map whose only entry is the socket.
-fn socket_map(listener: &TcpListener) -> io::Result<OwnedFd> {
+fn socket_map(listener: &impl AsFd) -> io::Result<OwnedFd> {
     let create = MapCreate {
         map_type: MAP_TYPE_SOCKMAP,
         key_size: 4,

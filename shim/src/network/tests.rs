@@ -623,9 +623,10 @@ fn worker_with_port(open: u16) -> Worker {
 #[tokio::test]
 async fn ports_of_the_namespace_lead_to_the_guest() {
     let Some(pod) = Pod::new().await else { return };
+    let forward = pod.set_up(1).await.unwrap().forward.unwrap();
+    // It need not have been up before.
     let up = LinkUnspec::new_with_name("lo").up().build();
     pod.netlink.link().set(up).execute().await.unwrap();
-    let forward = pod.set_up(1).await.unwrap().forward.unwrap();
     let serving = tokio::spawn(forward.serve(worker_with_port(8080)));
     let inside = pod.pod.open();
     let exchange = |address: (Ipv4Addr, u16)| {
