@@ -602,6 +602,12 @@ class Case(unittest.TestCase):
         self.command("mount", "-o", ",".join(["loop", *options]), image, folder, code=0)
         self.addCleanup(subprocess.run, ["umount", folder], check=True)
 
+    def loop_device(self, path):
+        """A block device of the machine that is a file, until the test ends."""
+        device = self.command("losetup", "--find", "--show", path, code=0).out
+        self.addCleanup(subprocess.run, ["losetup", "--detach", device], check=True)
+        return device
+
     def create_task(self, rootfs, runtime=None):
         """Asks containerd itself for a task with this root (api.mount), which sleeps once started; returns it with the answer."""
         task = Task(self, self.name())

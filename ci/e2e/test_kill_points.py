@@ -1,8 +1,10 @@
-"""A shim that is killed at any point of a pod's start: `crictl rmp -f` succeeds, and nothing is left."""
+"""A shim that is killed at any point of a pod's start, or of its growth: `crictl rmp -f` succeeds, and nothing is left."""
 
 import concurrent.futures
+import contextlib
 import os
 import signal
+import stat
 
 from cri import PodCase
 from harness import children, processes, wait_until
@@ -34,6 +36,27 @@ def has_mounted(shim, bundle):
         return f"{os.path.basename(bundle)}/rootfs" in file.read()
 
 
+def has_another_processor(shim, bundle):
+    """Its VM has grown."""
+    (worker,) = children(shim)
+    for thread in os.listdir(f"/proc/{worker}/task"):
+        # A thread may end meanwhile.
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/{worker}/task/{thread}/comm", encoding="ascii") as file:
+            if file.read() == "vcpu-1\n":
+                return True
+    return False
+
+
+def has_disk(shim, bundle):
+    """Its worker has a disk to plug in."""
+    (worker,) = children(shim)
+    for descriptor in os.listdir(f"/proc/{worker}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISBLK(os.stat(f"/proc/{worker}/fd/{descriptor}").st_mode):
+                return True
+    return False
+
+
 # What shows from outside how far it has come, in this order. Once true, each of them stays so. They begin when containerd
 # has asked it for something: where a shim dies before, containerd does not have `delete` clean up, and its socket stays.
 POINTS_OF_A_SANDBOX = {
@@ -45,8 +68,12 @@ POINTS_OF_A_SANDBOX = {
 POINTS_OF_A_CONTAINER = {
     "has a bundle": has_file("config.json"),
     "has mounted the root": has_mounted,
-    "asks the agent": has_file("worker.pid"),
+    "has made the machine larger": has_another_processor,
+    "is about to plug": has_file("worker.pid"),
+    "plugs a disk": has_disk,
 }
+# More than the machine has at its start.
+LARGE = {"cpu_period": 100000, "cpu_quota": 200000, "memory_limit_in_bytes": 1 << 30}
 
 
 class KillPoints(PodCase):
@@ -91,10 +118,14 @@ class KillPoints(PodCase):
                 self.remove_all()
 
     def test_while_a_container_starts(self):
+        path = os.path.join(self.folder, "disk")
+        with open(path, "wb") as file:
+            file.truncate(1 << 20)
+        disk = {"container_path": "/dev/disk", "host_path": self.loop_device(path), "permissions": "rwm"}
         for name, reached in POINTS_OF_A_CONTAINER.items():
             with self.subTest(point=name), self.nothing_left():
                 pod = self.pod()
-                container = pod.create()
+                container = pod.create(devices=[disk], linux={"resources": LARGE})
                 (shim,) = shims()
 
                 def find(shim=shim, container=container):
@@ -105,3 +136,17 @@ class KillPoints(PodCase):
                     self.kill(find, reached)
                     starting.result()
                 self.remove_all()
+
+    def test_while_a_container_gets_more(self):
+        with self.nothing_left():
+            container = self.pod().start()
+            (shim,) = shims()
+            with concurrent.futures.ThreadPoolExecutor(1) as background:
+                updating = background.submit(
+                    self.crictl, "update", "--memory", LARGE["memory_limit_in_bytes"], "--cpu-period", LARGE["cpu_period"],
+                    "--cpu-quota", LARGE["cpu_quota"], container.id)
+                self.kill(lambda: (shim, None), has_another_processor)
+                updating.result()
+            # Until containerd has seen it, it refuses to remove the container.
+            container.wait_for_exit()
+            self.remove_all()

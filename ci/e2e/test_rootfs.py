@@ -26,9 +26,7 @@ class Rootfs(Case):
         with open(descriptor, "wb") as file:
             file.truncate(64 << 20)
         fill(path)
-        device = self.command("losetup", "--find", "--show", path, code=0).out
-        self.addCleanup(subprocess.run, ["losetup", "--detach", device], check=True)
-        return device
+        return self.loop_device(path)
 
     def ext4(self):
         """A block device with the image's files."""
