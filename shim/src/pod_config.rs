@@ -23,6 +23,18 @@ const HOSTS: &str = "hosts";
 const HOSTNAME: &str = "hostname";
 const RESOLV_CONF: &str = "resolv.conf";
 
+/// Begins the names of annotations by which containerd describes a pod.
+const OF_CONTAINERD: &str = "io.kubernetes.cri.";
+
+/// Which groups may use ICMP sockets. In a user namespace not all of them exist.
+const PING: &str = "net.ipv4.ping_group_range";
+
+/// What containerd 2 sets in a pod's own network, unless the pod sets it: low ports and ping are for all users.
+const DEFAULT_SYSCTLS: [(&str, &str); 2] = [
+    ("net.ipv4.ip_unprivileged_port_start", "0"),
+    (PING, "0 2147483647"),
+];
+
 /// What `CreateSandbox` says.
 #[derive(Debug)]
 pub(crate) struct Described<'a> {
@@ -85,7 +97,8 @@ impl Described<'_> {
             .filter(|(_, mode)| mode.enum_value() != Ok(NamespaceMode::NODE))
             .map(|(kind, _)| json!({"type": kind}))
             .collect();
-        if options.network.enum_value() != Ok(NamespaceMode::NODE) {
+        let own_network = options.network.enum_value() != Ok(NamespaceMode::NODE);
+        if own_network {
             namespaces.push(match self.network_namespace {
                 "" => json!({"type": "network"}),
                 path => json!({"type": "network", "path": path}),
@@ -96,8 +109,19 @@ impl Described<'_> {
         if user.is_some() {
             namespaces.push(json!({"type": "user"}));
         }
+        let mut sysctls = linux.sysctls.clone();
+        if own_network {
+            let defaults = DEFAULT_SYSCTLS.iter();
+            for &(name, value) in defaults.filter(|(name, _)| user.is_none() || *name != PING) {
+                sysctls
+                    .entry(name.to_owned())
+                    .or_insert_with(|| value.to_owned());
+            }
+        }
+        // What containerd says of a pod, a pod cannot say of itself.
         let of_pod = self.config.annotations.iter();
         let mut annotations: HashMap<&str, String> = of_pod
+            .filter(|(name, _)| !name.starts_with(OF_CONTAINERD))
             .chain(self.annotations)
             .map(|(name, value)| (name.as_str(), value.clone()))
             .collect();
@@ -120,7 +144,7 @@ impl Described<'_> {
             "annotations": annotations,
             "linux": {
                 "namespaces": namespaces,
-                "sysctl": linux.sysctls,
+                "sysctl": sysctls,
                 "cgroupsPath": cgroups_path(&linux.cgroup_parent, self.id),
                 "uidMappings": user.map(|user| mappings(&user.uids)),
                 "gidMappings": user.map(|user| mappings(&user.gids))
@@ -285,6 +309,40 @@ mod tests {
             Place::of(&spec),
             Place::Namespace(path) if path == Path::new("/run/netns/n")
         ));
+    }
+
+    #[test]
+    fn low_ports_and_ping_are_for_all_users_unless_the_pod_says_otherwise() {
+        const PORTS: &str = "net.ipv4.ip_unprivileged_port_start";
+        let sysctls = |config| spec(config).linux().as_ref()?.sysctl().clone();
+        let found = sysctls(PodSandboxConfig::new()).unwrap();
+        assert_eq!((&*found[PORTS], &*found[PING]), ("0", "0 2147483647"));
+
+        let mut config = PodSandboxConfig::new();
+        let linux = config.linux.mut_or_insert_default();
+        linux.sysctls.insert(PORTS.to_owned(), "80".to_owned());
+        namespace_options(&mut config)
+            .userns_options
+            .mut_or_insert_default();
+        let found = sysctls(config).unwrap();
+        assert_eq!(found[PORTS], "80");
+        assert!(!found.contains_key(PING));
+
+        let mut config = PodSandboxConfig::new();
+        namespace_options(&mut config).network = NamespaceMode::NODE.into();
+        assert!(sysctls(config).unwrap_or_default().is_empty());
+    }
+
+    #[test]
+    fn a_pod_cannot_speak_for_containerd() {
+        let mut config = PodSandboxConfig::new();
+        for name in [MEMORY, "io.husk.log-level"] {
+            config.annotations.insert(name.to_owned(), "1".to_owned());
+        }
+        let spec = spec(config);
+        let annotations = spec.annotations().as_ref().unwrap();
+        assert!(!annotations.contains_key(MEMORY));
+        assert!(annotations.contains_key("io.husk.log-level"));
     }
 
     #[test]
