@@ -85,6 +85,7 @@ pub(crate) struct Container {
     vm: Arc<Vm>,
     storage: Mutex<Option<ContainerStorage>>,
     disks: Disks,
+    outlives_kill: AtomicBool,
     deleting: AtomicBool,
 }
 
@@ -112,6 +113,7 @@ impl Container {
             vm: parts.vm,
             storage: Mutex::new(parts.storage),
             disks: parts.disks,
+            outlives_kill: AtomicBool::new(false),
             deleting: AtomicBool::new(false),
         }
     }
@@ -134,6 +136,15 @@ impl Container {
 
     pub(crate) fn is_sandbox(&self) -> bool {
         self.is_sandbox
+    }
+
+    /// Whether it was sent SIGKILL and had not ended after the time that it may take.
+    pub(crate) fn outlives_kill(&self) -> bool {
+        self.outlives_kill.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_outlives_kill(&self) {
+        self.outlives_kill.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn hooks(&self) -> &HostHooks {

@@ -656,11 +656,18 @@ async fn disobeyed(stuck: bool) -> Fixture {
 }
 
 #[tokio::test]
-async fn vm_of_a_pod_survives_a_container_that_outlives_sigkill() {
+async fn vm_of_a_pod_survives_a_container_that_outlives_sigkill_once() {
     let fixture = disobeyed(false).await;
     tokio::time::advance(Duration::from_secs(31)).await;
     tokio::time::resume();
     fixture.worker.connect_vsock(1).await.unwrap();
+
+    fixture.kill("", 9).await.unwrap();
+    fixture.worker.connect_vsock(1).await.unwrap();
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(31)).await;
+    tokio::time::resume();
+    while fixture.worker.connect_vsock(1).await.is_ok() {}
 }
 
 #[tokio::test]

@@ -49,16 +49,19 @@ impl Sandbox {
     }
 
     /// Ends the VM if a container does not end although it is killed: the guest, which is asked to do that, may be stuck or
-    /// hostile, and nobody else could get rid of it. As long as the VM is others' too, it is for them, unless it is stuck.
+    /// hostile, and nobody else could get rid of it. As long as the VM is others' too, it is for them, unless it is stuck, or
+    /// the container is killed once more: containerd ends a pod's containers before the pod, which would never be ended.
     fn insist(self: &Arc<Self>, container: Arc<Container>) {
         let sandbox = self.clone();
+        let once_more = container.outlives_kill();
         tokio::spawn(async move {
             let ended = tokio::time::timeout(OBEY_LIMIT, container.init().wait()).await;
             if ended.is_ok() {
                 return;
             }
+            container.set_outlives_kill();
             let of_no_use = container.is_sandbox() || sandbox.has_no_other(container.id());
-            if of_no_use || !answers(&container).await {
+            if once_more || of_no_use || !answers(&container).await {
                 warn!("{} outlives SIGKILL, so its VM is ended", container.id());
                 container.vm().stop().await;
             }
