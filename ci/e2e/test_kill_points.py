@@ -6,7 +6,7 @@ import os
 import signal
 import stat
 
-from cri import PodCase
+from cri import Pod, PodCase
 from harness import children, processes, wait_until
 
 TASKS = "/run/containerd/io.containerd.runtime.v2.task/k8s.io"
@@ -72,6 +72,8 @@ POINTS_OF_A_CONTAINER = {
     "is about to plug": has_file("worker.pid"),
     "plugs a disk": has_disk,
 }
+# How containerd says that it has lost a shim.
+SHIM_LOST = "shim|ttrpc"
 # More than the machine has at its start.
 LARGE = {"cpu_period": 100000, "cpu_quota": 200000, "memory_limit_in_bytes": 1 << 30}
 
@@ -114,7 +116,12 @@ class KillPoints(PodCase):
                 with concurrent.futures.ThreadPoolExecutor(1) as background:
                     starting = background.submit(self.try_pod)
                     self.kill(find, reached)
-                    starting.result()
+                    result, _ = starting.result()
+                # It may have been the last step.
+                if result.code == 0:
+                    wait_until(lambda: Pod(self, result.out, None).status["state"] == "SANDBOX_NOTREADY", "the pod's end to be seen")
+                else:
+                    self.assertRegex(result.err, SHIM_LOST)
                 self.remove_all()
 
     def test_while_a_container_starts(self):
@@ -134,7 +141,11 @@ class KillPoints(PodCase):
                 with concurrent.futures.ThreadPoolExecutor(1) as background:
                     starting = background.submit(self.crictl, "start", container.id)
                     self.kill(find, reached)
-                    starting.result()
+                    result = starting.result()
+                if result.code == 0:
+                    container.wait_for_exit()
+                else:
+                    self.assertRegex(result.err, SHIM_LOST)
                 self.remove_all()
 
     def test_while_a_container_gets_more(self):
