@@ -218,6 +218,28 @@ class Crictl(PodCase):
         self.assertGreater(int(of_pod["memory"]["usageBytes"]["value"]), 40000000)
         self.assertEqual(of_pod["network"]["defaultInterface"]["name"], "eth0")
 
+    def test_stats_of_the_network_are_those_that_the_pod_sees(self):
+        parent, _ = self.parent_group()
+        pod = self.pod(linux={"cgroup_parent": parent})
+        container = pod.start()
+
+        def told():
+            (of_pod,) = json.loads(self.crictl("statsp", "--output", "json", "--id", pod.id, code=0).out)["stats"]
+            interface = of_pod["linux"]["network"]["defaultInterface"]
+            return [int(interface[key]["value"]) for key in ("rxBytes", "txBytes")]
+
+        def seen():
+            (counters,) = re.findall(r"eth0: *(\d.*)", container.output_of("cat", "/proc/net/dev"))
+            return [int(counters.split()[column]) for column in (0, 8)]
+
+        before = told()
+        gateway = container.output_of("sh", "-c", "ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p'")
+        container.exec("ping", "-c", "5", "-s", "8000", gateway, code=0)
+        for after, earlier, guest in zip(told(), before, seen(), strict=True):
+            self.assertGreater(after - earlier, 40000)
+            # What came and went between the two looks: the guest's kernel looks for neighbours and routers.
+            self.assertLess(abs(after - guest), 4096)
+
     def test_a_wrong_configuration_is_for_the_next_pod(self):
         if self.runtime != "husk":
             self.skipTest("it is husk's")
