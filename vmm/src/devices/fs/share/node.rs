@@ -377,6 +377,15 @@ impl Nodes {
         }
     }
 
+    /// Whether the guest itself has removed a name of the file, for which that has been kept.
+    pub(super) fn is_kept(&self, number: u64) -> bool {
+        let table = self.lock();
+        table
+            .nodes
+            .get(&number)
+            .is_some_and(|node| node.kept.is_some())
+    }
+
     /// What is `name` in the folder `parent` has just been moved there.
     pub(super) fn moved(&self, parent: u64, name: &CStr, stat: &Statx) {
         let mut table = self.lock();

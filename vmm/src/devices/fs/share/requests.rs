@@ -194,6 +194,11 @@ impl FileSystem for Share {
 
     fn readlink(&self, _ctx: &Context, inode: u64) -> io::Result<Vec<u8>> {
         let link = self.nodes.descriptor(inode)?;
+        // The host has put another in its place, maybe: the guest's kernel looks for that at ESTALE, while it would go on to what
+        // is being removed. kubelet updates a ConfigMap by such a link.
+        if node::stat(&*link, c"")?.stx_nlink == 0 && !self.nodes.is_kept(inode) {
+            return Err(Errno::STALE.into());
+        }
         Ok(rustix::fs::readlinkat(&*link, c"", Vec::new())?.into_bytes())
     }
 

@@ -247,6 +247,28 @@ fn what_the_host_moves_is_stale_until_it_is_looked_up() {
     assert_eq!(folder.size(file), Ok(7));
 }
 
+/// As kubelet does with a ConfigMap: the guest still takes the name of the old link for valid.
+#[test]
+fn link_that_the_host_has_replaced_leads_nowhere_and_the_guest_is_to_look_again() {
+    let folder = Folder::new();
+    let make = |target, name| symlink(target, folder.path(name)).unwrap();
+    make("old", "data");
+    let old = folder.walk("data");
+    let read = |link| {
+        let target = folder.share.readlink(&ROOT, link).map_err(errno)?;
+        Ok(String::from_utf8(target).unwrap())
+    };
+    assert_eq!(read(old).as_deref(), Ok("old"));
+    make("new", "data_tmp");
+    fs::rename(folder.path("data_tmp"), folder.path("data")).unwrap();
+    assert_eq!(read(old), Err(libc::ESTALE));
+    let new = folder.walk("data");
+    assert_eq!(read(new).as_deref(), Ok("new"));
+    // What the guest itself removes it may go on to use.
+    folder.unlink(ROOT_ID, c"data");
+    assert_eq!(read(new).as_deref(), Ok("new"));
+}
+
 /// A file system that has few numbers gives that of a removed file to the next one: it must not be opened in its place.
 #[test]
 fn what_has_another_type_is_another_file() {
