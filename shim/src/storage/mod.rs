@@ -140,10 +140,16 @@ impl Share {
             points: self.points(),
             exported: self.exported(),
         };
+        // Before the lock is taken: who asks for a volume whose server is gone waits here, and the others do not.
+        let sources = binds
+            .iter()
+            .map(volume::source_of)
+            .collect::<Result<Vec<_>, _>>()?;
         let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
         binds
             .iter()
-            .map(|bind| volumes.get(bind, &places))
+            .zip(&sources)
+            .map(|(bind, source)| volumes.get(bind, source, &places))
             .collect()
     }
 }

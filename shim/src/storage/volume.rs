@@ -3,7 +3,8 @@
 //! peers are the same.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, Metadata};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -51,14 +52,14 @@ pub(super) struct Places {
 }
 
 impl Volumes {
-    /// The volume for `bind`: the one that is there, or a new one.
-    pub(super) fn get(&mut self, bind: &Bind, places: &Places) -> Result<Arc<Volume>, Error> {
-        let failed = |source| Error::Bind {
-            source_path: bind.source.clone(),
-            destination: bind.destination.display().to_string(),
-            source,
-        };
-        let metadata = bind.source.metadata().map_err(failed)?;
+    /// The volume for `bind`, whose source is `metadata`: the one that is there, or a new one.
+    pub(super) fn get(
+        &mut self,
+        bind: &Bind,
+        metadata: &Metadata,
+        places: &Places,
+    ) -> Result<Arc<Volume>, Error> {
+        let failed = bind_failed(bind);
         let key = Key {
             inode: (metadata.dev(), metadata.ino()),
             bind: Bind {
@@ -81,14 +82,27 @@ impl Volumes {
             is_published: Mutex::new(false),
         };
         if metadata.is_dir() {
-            std::fs::create_dir(&volume.point).map_err(failed)?;
+            std::fs::create_dir(&volume.point).map_err(&failed)?;
         } else {
-            File::create_new(&volume.point).map_err(failed)?;
+            File::create_new(&volume.point).map_err(&failed)?;
         }
-        bind::mount(bind, &volume.staging).map_err(failed)?;
+        bind::mount(bind, &volume.staging).map_err(&failed)?;
         let volume = Arc::new(volume);
         self.mounted.insert(key, Arc::downgrade(&volume));
         Ok(volume)
+    }
+}
+
+/// What there is to know of the source of `bind`. May take as long as a server does that is not there.
+pub(super) fn source_of(bind: &Bind) -> Result<Metadata, Error> {
+    bind.source.metadata().map_err(bind_failed(bind))
+}
+
+fn bind_failed(bind: &Bind) -> impl Fn(io::Error) -> Error {
+    |source| Error::Bind {
+        source_path: bind.source.clone(),
+        destination: bind.destination.display().to_string(),
+        source,
     }
 }
 
