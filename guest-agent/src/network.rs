@@ -94,13 +94,19 @@ pub(crate) async fn update(request: &UpdateNetworkRequest) -> Result<()> {
         indices.insert(interface.index, device.index);
     }
     let mut places = Vec::new();
+    // What cannot be set keeps nothing from being set that comes after it.
+    let mut done = Ok(());
     for setting in settings {
         let what = describe(&setting);
-        apply(&netlink, setting, &indices, &mut places)
+        let set = apply(&netlink, setting, &indices, &mut places)
             .await
-            .during(format!("setting {what} of the pod's network"))?;
+            .during(format!("setting {what} of the pod's network"));
+        if let Err(error) = &set {
+            tracing::warn!(error = crate::error::chain(error), "a setting is left out");
+        }
+        done = done.and(set);
     }
-    Ok(())
+    done
 }
 
 impl Mac {

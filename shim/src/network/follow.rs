@@ -2,12 +2,14 @@
 //! VM, one that goes is unplugged, and what is set later is set in the guest, too. The kernel's notifications say when to
 //! look; what is there says what to do, so that it does not matter how many of them there were.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
 
 use futures::StreamExt;
 use husk_protocol::agent::UpdateNetworkRequest;
 use log::{info, warn};
 use rtnetlink::{Handle, MulticastGroup};
+use tokio::time::Instant;
 
 use super::namespace::{Namespace, News};
 use super::scan::{self, Interface};
@@ -27,6 +29,37 @@ pub(super) const GROUPS: &[MulticastGroup] = &[
     MulticastGroup::Ipv6Rule,
 ];
 
+/// What failed is tried again after this, and so often until all is done: a guest under load may have been too
+/// slow, and what it refuses once it may refuse for ever.
+const RETRY_AFTER: Duration = Duration::from_secs(15);
+const MOST_RETRIES: u32 = 4;
+
+/// When what failed is tried again.
+#[derive(Debug)]
+struct Retry {
+    at: Option<Instant>,
+    left: u32,
+}
+
+impl Retry {
+    fn new() -> Self {
+        Self {
+            at: None,
+            left: MOST_RETRIES,
+        }
+    }
+
+    /// It was tried, and all is `done`, or is not. Other news do not put off what is planned.
+    fn plan(&mut self, done: bool, now: Instant) {
+        if done {
+            *self = Self::new();
+        } else if self.at.is_none() && self.left > 0 {
+            self.left -= 1;
+            self.at = Some(now + RETRY_AFTER);
+        }
+    }
+}
+
 /// Keeps a guest's network like that of its namespace.
 #[derive(Debug)]
 pub(crate) struct Follow {
@@ -40,8 +73,10 @@ pub(crate) struct Follow {
     pub(super) fixed: Vec<Interface>,
     /// Those that were plugged in.
     pub(super) plugged: Vec<Interface>,
-    /// The indices of those that the VM cannot have, which was said.
-    pub(super) refused: HashSet<u32>,
+    /// Those that the VM cannot have, by their indices, and what was said of them.
+    pub(super) unusable: HashMap<u32, String>,
+    /// The indices of those that could not be plugged in, until that is tried again.
+    pub(super) unplugged: HashSet<u32>,
     /// What the guest was told last.
     pub(super) told: UpdateNetworkRequest,
 }
@@ -49,38 +84,68 @@ pub(crate) struct Follow {
 impl Follow {
     /// Serves for ever.
     pub(crate) async fn serve(mut self, worker: Worker, agent: Agent) {
-        while self.news.next().await.is_some() {
+        let mut retry = Retry::new();
+        loop {
+            let news = self.news.next();
+            let woken = match retry.at {
+                Some(at) => tokio::time::timeout_at(at, news).await,
+                None => Ok(news.await),
+            };
+            match woken {
+                Ok(Some(_)) => {}
+                Ok(None) => return,
+                Err(_) => {
+                    retry.at = None;
+                    self.unplugged.clear();
+                }
+            }
             // What has come meanwhile is seen by the same look.
             while self.news.try_recv().is_ok() {}
-            if let Err(err) = self.catch_up(&worker, &agent).await {
-                let path = self.namespace.path().display();
-                warn!(
-                    "the guest does not follow network namespace {path}: {}",
-                    chain(&err)
-                );
+            let caught_up = self.catch_up(&worker, &agent).await;
+            if let Err(err) = &caught_up {
+                self.complain(err);
             }
+            retry.plan(
+                caught_up.is_ok() && self.unplugged.is_empty(),
+                Instant::now(),
+            );
         }
+    }
+
+    fn complain(&self, err: &Error) {
+        let path = self.namespace.path().display();
+        warn!(
+            "the guest does not follow network namespace {path}: {}",
+            chain(err)
+        );
     }
 
     async fn catch_up(&mut self, worker: &Worker, agent: &Agent) -> Result<(), Error> {
         let links = scan::links(&self.netlink).await.map_err(self.failed())?;
         let (there, unusable) = scan::usable(&links);
-        for (index, reason) in unusable {
-            if self.refused.insert(index) {
+        let unusable: HashMap<_, _> = unusable
+            .into_iter()
+            .map(|(index, reason)| (index, reason.to_string()))
+            .collect();
+        for (index, reason) in &unusable {
+            if self.unusable.get(index) != Some(reason) {
                 warn!("{reason}");
             }
         }
+        self.unusable = unusable;
+        self.unplugged
+            .retain(|index| links.iter().any(|link| link.header.index == *index));
         let is_gone =
             |one: &mut Interface| !links.iter().any(|link| link.header.index == one.index);
         for gone in self.fixed.extract_if(.., is_gone) {
             info!("{gone} is gone; its device stays");
         }
         // What cannot be done with one interface keeps nothing from the others.
-        let mut failed = None;
-        for gone in self.plugged.extract_if(.., is_gone) {
+        let gone: Vec<_> = self.plugged.extract_if(.., is_gone).collect();
+        for gone in gone {
             info!("{gone} is gone");
             if let Err(err) = worker.remove_nic(gone.mac).await {
-                failed.get_or_insert(err);
+                self.complain(&err);
             }
         }
         for interface in there {
@@ -89,11 +154,11 @@ impl Follow {
                 // It may have got another name; its device keeps its MAC address.
                 let mac = known.mac;
                 *known = Interface { mac, ..interface };
-            } else if !self.refused.contains(&interface.index) {
+            } else if !self.unplugged.contains(&interface.index) {
                 if let Err(err) = self.plug(&interface, worker).await {
-                    // Not to be tried with every change of something else.
-                    self.refused.insert(interface.index);
-                    failed.get_or_insert(err);
+                    // Not to be tried with every change of something else, such as its own tap's coming and going.
+                    self.unplugged.insert(interface.index);
+                    self.complain(&err);
                 } else {
                     self.plugged.push(interface);
                 }
@@ -106,7 +171,7 @@ impl Follow {
             agent.update_network(&request).await?;
             self.told = request;
         }
-        failed.map_or(Ok(()), Err)
+        Ok(())
     }
 
     fn known(&mut self) -> impl Iterator<Item = &mut Interface> {
@@ -132,5 +197,32 @@ impl Follow {
     fn failed(&self) -> impl FnOnce(NetworkError) -> Error + use<> {
         let namespace = self.namespace.path().to_owned();
         move |source| Error::Network { namespace, source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_failed_is_tried_again_a_few_times_whatever_else_happens() {
+        let start = Instant::now();
+        let mut retry = Retry::new();
+        retry.plan(false, start);
+        let at = Some(start + RETRY_AFTER);
+        assert_eq!(retry.at, at);
+        retry.plan(false, start + RETRY_AFTER / 2);
+        assert_eq!(retry.at, at);
+        for _ in 1..MOST_RETRIES {
+            retry.at = None;
+            retry.plan(false, start);
+            assert!(retry.at.is_some());
+        }
+        retry.at = None;
+        retry.plan(false, start);
+        assert_eq!(retry.at, None);
+        retry.plan(true, start);
+        retry.plan(false, start);
+        assert_eq!(retry.at, at);
     }
 }

@@ -22,7 +22,7 @@ mod tap;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -175,7 +175,8 @@ impl Network {
                     vcpus: wanted.vcpus,
                     fixed: found.interfaces,
                     plugged: Vec::new(),
-                    refused: HashSet::new(),
+                    unusable: HashMap::new(),
+                    unplugged: HashSet::new(),
                     told: guest.clone(),
                 };
                 Ok(Self {
