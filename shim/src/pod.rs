@@ -14,6 +14,9 @@ pub(crate) const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 pub(crate) const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 pub(crate) const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
+/// The period of a quota that is given without, in microseconds: the kernel's own (cgroup v2, cpu.max).
+const PERIOD_US: u64 = 100_000;
+
 /// What a container is to its VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -104,7 +107,7 @@ impl Limits {
         let quota = resources
             .cpu()
             .as_ref()
-            .and_then(|cpu| Some((cpu.quota()?, cpu.period()?)));
+            .and_then(|cpu| Some((cpu.quota()?, cpu.period().unwrap_or(PERIOD_US))));
         let memory = resources
             .memory()
             .as_ref()
@@ -242,6 +245,8 @@ mod tests {
         let unlimited = json!({"cpu": {"quota": -1, "period": 100_000}, "memory": {"limit": -1}});
         assert_eq!(updated(both, unlimited), Limits::default());
         assert_eq!(updated(both, json!({"cpu": {"shares": 2}})), both);
+        let quota = updated(both, json!({"cpu": {"quota": 200_000}}));
+        assert_eq!(quota.millicpus, Some(2000));
     }
 
     #[test]
