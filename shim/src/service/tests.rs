@@ -19,12 +19,16 @@ use containerd_shim::protos::ttrpc::r#async::transport::{Listener, Socket};
 use containerd_shim::protos::ttrpc::context::Context;
 use containerd_shim::protos::ttrpc::error::get_rpc_status;
 use containerd_shim::protos::ttrpc::{self, Code};
+use containerd_shim::protos::{cgroups, cgroups_v2};
+use containerd_shim_protos::sandbox_api;
+use containerd_shim_protos::sandbox_async::SandboxClient;
 use husk_protocol::agent;
 use husk_protocol::agent_ttrpc::{Agent as AgentService, create_agent};
 use husk_vmm::control::{self, Call, Reply, Request};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 
+use super::sandbox::SandboxService;
 use super::*;
 use crate::agent::Agent;
 use crate::container::{Container, Parts};
@@ -32,6 +36,7 @@ use crate::disks::Disks;
 use crate::events::Events;
 use crate::process::Process;
 use crate::spec::HostHooks;
+use crate::stats::HostCgroups;
 use crate::storage::Share;
 use crate::vm::{End, Vm};
 use crate::vmm::Worker;
@@ -174,6 +179,16 @@ impl AgentService for FakeAgent {
             ..Default::default()
         })
     }
+
+    async fn stats_container(
+        &self,
+        _: &TtrpcContext,
+        _: agent::StatsContainerRequest,
+    ) -> TtrpcResult<agent::StatsContainerResponse> {
+        let mut stats = agent::StatsContainerResponse::new();
+        stats.pids.mut_or_insert_default().current = 3;
+        Ok(stats)
+    }
 }
 
 struct Containerd(mpsc::UnboundedSender<Envelope>);
@@ -229,8 +244,8 @@ struct Fixture {
     worker: Worker,
     end: watch::Sender<Option<Arc<str>>>,
     events: mpsc::UnboundedReceiver<Envelope>,
-    _servers: Vec<Server>,
-    _dir: tempfile::TempDir,
+    servers: Vec<Server>,
+    dir: tempfile::TempDir,
 }
 
 impl Fixture {
@@ -272,9 +287,19 @@ impl Fixture {
             worker,
             end,
             events,
-            _servers: vec![agent_server, containerd_server, task_server],
-            _dir: dir,
+            servers: vec![agent_server, containerd_server, task_server],
+            dir,
         }
+    }
+
+    /// containerd's end of the sandbox service.
+    async fn pod(&mut self) -> SandboxClient {
+        let path = self.dir.path().join("sandbox");
+        let service = SandboxService::new(self.sandbox.clone());
+        let server = serve(UnixListener::bind(&path).unwrap(), service.services()).await;
+        self.servers.push(server);
+        let stream = UnixStream::connect(&path).await.unwrap();
+        SandboxClient::new(Client::new(Socket::from(stream)))
     }
 
     async fn start(&self, exec_id: &str) -> TtrpcResult<StartResponse> {
@@ -448,6 +473,95 @@ async fn both_names_of_the_service_are_served() {
     for service in services.values() {
         assert_eq!(service.methods.len(), 17);
     }
+}
+
+/// All that there is of containerd's sandbox service but the creation, for which a VM is booted.
+#[tokio::test]
+async fn life_of_a_sandbox() {
+    let mut fixture = Fixture::new().await;
+    let pod = fixture.pod().await;
+    let context = Context::default;
+    let status = async || {
+        let req = sandbox_api::SandboxStatusRequest {
+            sandbox_id: "x".into(),
+            ..Default::default()
+        };
+        pod.sandbox_status(context(), &req).await.unwrap()
+    };
+    let ping = async || {
+        let req = sandbox_api::PingRequest {
+            sandbox_id: "x".into(),
+            ..Default::default()
+        };
+        pod.ping_sandbox(context(), &req).await
+    };
+
+    let platform = sandbox_api::PlatformRequest::new();
+    let platform = pod.platform(context(), &platform).await.unwrap();
+    let platform = platform.platform.unwrap();
+    assert_eq!((&*platform.os, &*platform.architecture), ("linux", "amd64"));
+    assert_eq!(status().await.state, "SANDBOX_NOTREADY");
+    let start = sandbox_api::StartSandboxRequest {
+        sandbox_id: "x".into(),
+        ..Default::default()
+    };
+    let started = pod.start_sandbox(context(), &start).await.unwrap();
+    assert_eq!(started.pid, PID);
+    assert_eq!(status().await.state, "SANDBOX_READY");
+    assert_eq!(status().await.pid, PID);
+    ping().await.unwrap();
+    let metrics = sandbox_api::SandboxMetricsRequest {
+        sandbox_id: "x".into(),
+        ..Default::default()
+    };
+    let metrics = pod.sandbox_metrics(context(), &metrics).await.unwrap();
+    let metrics = metrics.metrics.unwrap();
+    assert_eq!(metrics.id, "x");
+    let data = metrics.data.unwrap();
+    let pids = match HostCgroups::detect() {
+        HostCgroups::V1 => {
+            let metrics = cgroups::metrics::Metrics::parse_from_bytes(&data.value).unwrap();
+            metrics.pids.current
+        }
+        HostCgroups::V2 => {
+            let metrics = cgroups_v2::metrics::Metrics::parse_from_bytes(&data.value).unwrap();
+            metrics.pids.current
+        }
+    };
+    assert_eq!(pids, 3);
+
+    let wait = sandbox_api::WaitSandboxRequest {
+        sandbox_id: "x".into(),
+        ..Default::default()
+    };
+    let stop = sandbox_api::StopSandboxRequest::new();
+    let (waited, stopped) = tokio::join!(
+        pod.wait_sandbox(context(), &wait),
+        pod.stop_sandbox(context(), &stop)
+    );
+    stopped.unwrap();
+    assert_eq!(waited.unwrap().exit_status, 137);
+    assert_eq!(status().await.state, "SANDBOX_NOTREADY");
+    let shutdown = sandbox_api::ShutdownSandboxRequest::new();
+    pod.shutdown_sandbox(context(), &shutdown).await.unwrap();
+    fixture.sandbox.wait_shut_down().await;
+    assert!(fixture.sandbox.is_empty());
+    assert_eq!(code(ping().await).0, Code::NOT_FOUND);
+}
+
+/// The shim answers, but that is not what was asked.
+#[tokio::test]
+async fn sandbox_without_its_vm_does_not_answer_a_ping() {
+    let mut fixture = Fixture::new().await;
+    fixture.start("").await.unwrap();
+    let pod = fixture.pod().await;
+    let req = sandbox_api::PingRequest {
+        sandbox_id: "x".into(),
+        ..Default::default()
+    };
+    fixture.end.send_replace(Some("it was cut off".into()));
+    let refused = code(pod.ping_sandbox(Context::default(), &req).await);
+    assert!(refused.1.contains("it was cut off"), "{refused:?}");
 }
 
 #[tokio::test]
