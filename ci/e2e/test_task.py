@@ -136,6 +136,37 @@ class TaskTest(Case):
         self.assertEqual(task.row[1], "RUNNING")
         wait_until(lambda: count() not in ("", before), "the count to go on")
 
+    def test_metrics_tell_what_goes_to_a_disk(self):
+        path = os.path.join(self.folder, "disk")
+        with open(path, "wb") as file:
+            file.truncate(16 << 20)
+        task = self.start(options=["--device", self.loop_device(path)])
+        device = task.exec("sh", "-c", "ls /dev/loop*", code=0).out
+        task.exec("dd", "if=/dev/zero", f"of={device}", "bs=1M", "count=8", "conv=fsync", code=0)
+        metrics = json.loads(task.ctr("metrics", "--format", "json", code=0).out)
+        written = sum(entry.get("wbytes", 0) for entry in metrics["io"]["usage"])
+        self.assertEqual(written, 8 << 20)
+
+    def test_io_of_a_disk_is_limited(self):
+        path = os.path.join(self.folder, "disk")
+        with open(path, "wb") as file:
+            file.truncate(1 << 20)
+        numbers = os.stat(self.loop_device(path)).st_rdev
+        numbers = {"major": os.major(numbers), "minor": os.minor(numbers)}
+
+        def edit(spec):
+            linux = spec["linux"]
+            linux["devices"] = [{"path": "/dev/disk", "type": "b", "fileMode": 0o660, "uid": 0, "gid": 0, **numbers}]
+            linux["resources"]["devices"].append({"allow": True, "type": "b", "access": "rwm", **numbers})
+            linux["resources"]["blockIO"] = {
+                "throttleWriteBpsDevice": [{"rate": 1 << 20, **numbers}],
+                "throttleReadIOPSDevice": [{"rate": 70, **numbers}],
+            }
+
+        show = "cat /sys/fs/cgroup/io.max; printf '%d:%d' $(stat -c '0x%t 0x%T' /dev/disk)"
+        limits, device = self.run_spec(edit, "sh", "-c", show, code=0).out.splitlines()
+        self.assertEqual(limits, f"{device} rbps=max wbps=1048576 riops=70 wiops=max")
+
     def test_metrics_are_of_the_container(self):
         task = self.start("sh", "-c", "dd if=/dev/zero of=/dev/shm/x bs=1M count=20 2>/dev/null; sleep 1000; true",
                           options=["--memory-limit", str(64 << 20)])

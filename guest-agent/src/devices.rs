@@ -2,12 +2,15 @@
 //! container gets is the guest's device of the same path, with the guest's numbers, in the file system and in the rules
 //! of the device controller alike.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use oci_spec::runtime::{Linux, LinuxDeviceCgroup, LinuxDeviceType};
+use oci_spec::runtime::{
+    Linux, LinuxBlockIo, LinuxDeviceCgroup, LinuxDeviceType, LinuxThrottleDevice,
+    LinuxThrottleDeviceBuilder,
+};
 
 use crate::error::{Error, Result};
 
@@ -55,6 +58,7 @@ pub(crate) fn adapt(linux: &mut Linux, lookup: impl Fn(&Path) -> Option<Node>) -
         .rfind(|rule| is_of_everything(rule))
         .is_some_and(LinuxDeviceCgroup::allow);
     let mut missing = None;
+    let mut disks = HashMap::new();
     devices.retain_mut(|device| {
         // A FIFO has no numbers: it is made, not found.
         if device.typ() == LinuxDeviceType::P {
@@ -76,6 +80,10 @@ pub(crate) fn adapt(linux: &mut Linux, lookup: impl Fn(&Path) -> Option<Node>) -
                 rule.set_minor(Some(node.minor));
             }
         }
+        if device.typ() == LinuxDeviceType::B {
+            let numbers = (device.major(), device.minor());
+            disks.entry(numbers).or_insert_with(Vec::new).push(node);
+        }
         device.set_typ(node.typ);
         device.set_major(node.major);
         device.set_minor(node.minor);
@@ -88,12 +96,42 @@ pub(crate) fn adapt(linux: &mut Linux, lookup: impl Fn(&Path) -> Option<Node>) -
     let mut paths = HashSet::new();
     devices.retain(|device| paths.insert(device.path().clone()));
     linux.set_devices(Some(devices));
-    if let Some(resources) = linux.resources_mut().as_mut()
-        && !rules.is_empty()
-    {
-        resources.set_devices(Some(rules));
+    if let Some(resources) = linux.resources_mut().as_mut() {
+        if !rules.is_empty() {
+            resources.set_devices(Some(rules));
+        }
+        if let Some(block_io) = resources.block_io_mut() {
+            limit_disks(block_io, &disks);
+        }
     }
     Ok(())
+}
+
+/// Gives the limits of disks the numbers that the guest knows those by; `disks` are these by the host's. There is none for a
+/// device that the container does not have.
+fn limit_disks(block_io: &mut LinuxBlockIo, disks: &HashMap<(i64, i64), Vec<Node>>) {
+    let translated = |limits: &Option<Vec<LinuxThrottleDevice>>| {
+        let limits = limits.as_ref()?.iter();
+        let translated = limits.flat_map(|limit| {
+            let nodes = disks.get(&(limit.major(), limit.minor()));
+            nodes.into_iter().flatten().map(|node| {
+                let translated = LinuxThrottleDeviceBuilder::default()
+                    .major(node.major)
+                    .minor(node.minor)
+                    .rate(limit.rate());
+                translated.build().expect("it has all")
+            })
+        });
+        Some(translated.collect::<Vec<_>>())
+    };
+    let read_bps = translated(block_io.throttle_read_bps_device());
+    block_io.set_throttle_read_bps_device(read_bps);
+    let write_bps = translated(block_io.throttle_write_bps_device());
+    block_io.set_throttle_write_bps_device(write_bps);
+    let read_iops = translated(block_io.throttle_read_iops_device());
+    block_io.set_throttle_read_iops_device(read_iops);
+    let write_iops = translated(block_io.throttle_write_iops_device());
+    block_io.set_throttle_write_iops_device(write_iops);
 }
 
 fn is_of_everything(rule: &LinuxDeviceCgroup) -> bool {
@@ -138,6 +176,49 @@ mod tests {
         let rules = linux.resources().as_ref().and_then(|r| r.devices().clone());
         let rule = &rules.expect("kept")[1];
         assert_eq!((rule.major(), rule.minor()), (Some(10), Some(229)));
+    }
+
+    #[test]
+    fn limits_are_those_of_the_guests_disks() {
+        let mut linux: Linux = serde_json::from_value(json!({
+            "devices": [
+                { "path": "/dev/data", "type": "b", "major": 7, "minor": 3 },
+                { "path": "/dev/again", "type": "b", "major": 7, "minor": 3 },
+            ],
+            "resources": { "blockIO": {
+                "throttleReadBpsDevice": [
+                    { "major": 7, "minor": 3, "rate": 1000 },
+                    { "major": 8, "minor": 0, "rate": 2000 },
+                ],
+                "throttleWriteIOPSDevice": [{ "major": 7, "minor": 3, "rate": 30 }],
+            } },
+        }))
+        .expect("a fair specification");
+        // Under each name it is a disk of its own.
+        let disk = |path: &Path| {
+            Some(Node {
+                typ: LinuxDeviceType::B,
+                major: 254,
+                minor: if path.ends_with("data") { 16 } else { 32 },
+            })
+        };
+        adapt(&mut linux, disk).expect("the guest has it");
+        let resources = linux.resources().as_ref().expect("kept");
+        let block_io = serde_json::to_value(resources.block_io()).expect("it is JSON");
+        assert_eq!(
+            block_io["throttleReadBpsDevice"],
+            json!([
+                { "major": 254, "minor": 16, "rate": 1000 },
+                { "major": 254, "minor": 32, "rate": 1000 },
+            ])
+        );
+        assert_eq!(
+            block_io["throttleWriteIOPSDevice"],
+            json!([
+                { "major": 254, "minor": 16, "rate": 30 },
+                { "major": 254, "minor": 32, "rate": 30 },
+            ])
+        );
     }
 
     #[test]

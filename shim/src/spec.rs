@@ -11,8 +11,8 @@ use husk_protocol::agent::Volume;
 use husk_protocol::{DISK_MOUNTS, POD_NAMESPACES, POD_VOLUMES, SHARE_MOUNT_POINT};
 use oci_spec::runtime::{
     Hook, Hooks, Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespace,
-    LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, LinuxSyscall, Mount,
-    Process, Spec,
+    LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, LinuxSyscall,
+    LinuxThrottleDevice, Mount, Process, Spec,
 };
 
 use crate::error::Error;
@@ -154,7 +154,7 @@ pub(crate) fn divide(
         .filter(|_| *kind != Kind::Sandbox)
         .unwrap_or_default();
     if let Some(linux) = spec.linux_mut() {
-        drop_host_linux(linux, kind)?;
+        drop_host_linux(linux, kind, &devices)?;
     }
     if *kind == Kind::Sandbox {
         // It has no files of its own, and those for the others come with the others.
@@ -275,20 +275,41 @@ pub(crate) fn drop_host_labels(process: &mut Process) {
     process.set_apparmor_profile(None);
 }
 
-/// Takes out of `resources` what counts or names devices and processors of the host.
-pub(crate) fn drop_host_resources(resources: &mut LinuxResources) {
+/// Those of `limits` that are for one of `disks`; `None` if there are none.
+fn of_disks(
+    limits: &[LinuxThrottleDevice],
+    disks: &[BlockDevice],
+) -> Option<Vec<LinuxThrottleDevice>> {
+    let is_for = |limit: &LinuxThrottleDevice, disk: &BlockDevice| {
+        let numbers = (u64::try_from(limit.major()), u64::try_from(limit.minor()));
+        numbers == (Ok(disk.major), Ok(disk.minor))
+    };
+    let kept: Vec<_> = limits
+        .iter()
+        .filter(|limit| disks.iter().any(|disk| is_for(limit, disk)))
+        .copied()
+        .collect();
+    (!kept.is_empty()).then_some(kept)
+}
+
+/// Takes out of `resources` what counts or names devices and processors of the host, but for `disks`, which the guest has.
+pub(crate) fn drop_host_resources(resources: &mut LinuxResources, disks: &[BlockDevice]) {
     if let Some(cpu) = resources.cpu_mut() {
         // Numbers of the host's processors and memory nodes.
         cpu.set_cpus(None);
         cpu.set_mems(None);
     }
     if let Some(block_io) = resources.block_io_mut() {
-        // Major and minor numbers of the host's disks.
         block_io.set_weight_device(None);
-        block_io.set_throttle_read_bps_device(None);
-        block_io.set_throttle_write_bps_device(None);
-        block_io.set_throttle_read_iops_device(None);
-        block_io.set_throttle_write_iops_device(None);
+        let kept = |limits: &Option<Vec<LinuxThrottleDevice>>| of_disks(limits.as_deref()?, disks);
+        let read_bps = kept(block_io.throttle_read_bps_device());
+        block_io.set_throttle_read_bps_device(read_bps);
+        let write_bps = kept(block_io.throttle_write_bps_device());
+        block_io.set_throttle_write_bps_device(write_bps);
+        let read_iops = kept(block_io.throttle_read_iops_device());
+        block_io.set_throttle_read_iops_device(read_iops);
+        let write_iops = kept(block_io.throttle_write_iops_device());
+        block_io.set_throttle_write_iops_device(write_iops);
     }
     if let Some(unified) = resources.unified_mut() {
         // The same by another way.
@@ -506,7 +527,7 @@ fn check_user_namespace(linux: &Linux) -> Result<(), Error> {
     Err(Error::UnsupportedSpec(trouble.to_owned()))
 }
 
-fn drop_host_linux(linux: &mut Linux, kind: &Kind) -> Result<(), Error> {
+fn drop_host_linux(linux: &mut Linux, kind: &Kind, disks: &[BlockDevice]) -> Result<(), Error> {
     let mut namespaces =
         translate_namespaces(linux.namespaces().clone().unwrap_or_default(), kind)?;
     if *kind == Kind::Sandbox {
@@ -523,7 +544,7 @@ fn drop_host_linux(linux: &mut Linux, kind: &Kind) -> Result<(), Error> {
     }
     linux.set_namespaces(Some(namespaces));
     if let Some(resources) = linux.resources_mut() {
-        drop_host_resources(resources);
+        drop_host_resources(resources, disks);
     }
     if let Some(seccomp) = linux.seccomp() {
         refuse_listener(seccomp)?;
@@ -642,6 +663,35 @@ mod tests {
         let wanted = [device("/dev/data", 1, false), device("/dev/old", 2, true)];
         assert_eq!(with_devices(&devices, &rules, &Kind::Single), wanted);
         assert_eq!(with_devices(&devices, &rules, &Kind::Sandbox), []);
+    }
+
+    #[test]
+    fn limits_of_io_are_kept_for_disks_that_the_guest_gets() {
+        let limits = json!([
+            {"major": 7, "minor": 1, "rate": 1000},
+            {"major": 8, "minor": 0, "rate": 1000}
+        ]);
+        let rule = json!({"allow": true, "type": "b", "major": 7, "minor": 1, "access": "rw"});
+        let divided = divide(
+            spec(json!({"linux": {
+                "devices": [{"path": "/dev/data", "type": "b", "major": 7, "minor": 1}],
+                "resources": {"devices": [rule], "blockIO": {
+                    "weightDevice": [{"major": 7, "minor": 1, "weight": 10}],
+                    "throttleReadBpsDevice": limits, "throttleWriteBpsDevice": limits,
+                    "throttleReadIOPSDevice": limits, "throttleWriteIOPSDevice": [limits[1]]
+                }}
+            }})),
+            "c",
+        );
+        let guest = guest_json(&divided.unwrap());
+        let kept = json!([limits[0]]);
+        assert_eq!(
+            guest["linux"]["resources"]["blockIO"],
+            json!({
+                "throttleReadBpsDevice": kept, "throttleWriteBpsDevice": kept,
+                "throttleReadIOPSDevice": kept
+            })
+        );
     }
 
     #[test]

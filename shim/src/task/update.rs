@@ -29,7 +29,8 @@ impl Sandbox {
             limits: before.limits.updated(&resources),
             ..before
         };
-        drop_host_resources(&mut resources);
+        // Which disks the guest has is said when the container is created.
+        drop_host_resources(&mut resources, &[]);
         let resources = serde_json::to_vec(&resources).map_err(invalid)?;
         // There is never less than what is allowed: the VM grows before, and shrinks after.
         let vm = container.vm();
