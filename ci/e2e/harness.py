@@ -100,6 +100,10 @@ class Result:
                 + shown("out", self.stdout) + shown("err", self.stderr))
 
 
+# How often a command is told that its terminal has another size.
+TELL_AGAIN_S = 0.5
+
+
 class Terminal:
     """A command on a terminal of its own, of which the test is the keyboard and the screen."""
 
@@ -114,11 +118,18 @@ class Terminal:
             argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
         os.close(slave)
+        # It asks for its first size itself.
+        self.resized = None
         case.addCleanup(self.close)
 
     def resize(self, rows, columns):
-        """Changes the size; the kernel tells the command by SIGWINCH."""
+        """Changes the size; the kernel tells the command by SIGWINCH.
+
+        A client listens for that a moment after it has set the first size, and nothing shows when. So the command is told
+        until what the test waits for next has come.
+        """
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.resized = time.monotonic()
 
     def type(self, text):
         """Presses keys."""
@@ -126,9 +137,15 @@ class Terminal:
 
     def _read(self, deadline):
         """Takes what came; False when nothing will come any more."""
-        ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
-        if not ready:
-            self.case.fail(f"{shlex.join(self.argv)} said nothing more; its screen:\n{self.text}")
+        ready = []
+        while not ready:
+            left = deadline - time.monotonic()
+            if left < 0:
+                self.case.fail(f"{shlex.join(self.argv)} said nothing more; its screen:\n{self.text}")
+            ready, _, _ = select.select([self.master], [], [], min(left, TELL_AGAIN_S) if self.resized else left)
+            if self.resized and time.monotonic() - self.resized > TELL_AGAIN_S:
+                self.process.send_signal(signal.SIGWINCH)
+                self.resized = time.monotonic()
         try:
             data = os.read(self.master, 65536)
         except OSError:  # EIO: the last one on the other side is gone
@@ -148,6 +165,7 @@ class Terminal:
             found = re.compile(pattern.encode()).search(self.screen, self.position)
             if found:
                 self.position = found.end()
+                self.resized = None
                 return found
             if not self._read(deadline):
                 self.case.fail(f"{shlex.join(self.argv)} ended without {pattern!r}; its screen:\n{self.text}")
@@ -210,8 +228,8 @@ class Events:
         self.file.close()
 
 
-def wait_until(condition, what, timeout=TIMEOUT_S):
-    """Waits until `condition()` is true, for the things that nothing announces."""
+def wait_until(condition, what, timeout=TIMEOUT_S, pause=0.1):
+    """Waits until `condition()` is true, for the things that nothing announces. It is asked again after `pause` seconds."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
@@ -219,7 +237,7 @@ def wait_until(condition, what, timeout=TIMEOUT_S):
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout} s in vain for {what}")
-        time.sleep(0.1)
+        time.sleep(pause)
 
 
 def processes():

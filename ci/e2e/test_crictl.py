@@ -5,9 +5,11 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import time
 import urllib.request
 
 from cri import PodCase
@@ -49,14 +51,30 @@ class Crictl(PodCase):
         self.assertEqual(self.fetch(client, f"http://{ipv4}:8080/"), "hello")
         self.assertEqual(self.fetch(client, f"http://[{ipv6}]:8080/"), "hello")
 
+    def test_pods_send_each_other_much(self):
+        size = 20 * MIB
+        server, client = self.pod().start(), self.pod().start()
+        server.exec("sh", "-c", f"head -c {size} /dev/urandom >/dev/shm/file && httpd -p 8080 -h /dev/shm", code=0)
+        ipv4, ipv6 = server.pod.addresses
+        digest = server.output_of("sha256sum", "/dev/shm/file").split()[0]
+        for address in (ipv4, f"[{ipv6}]"):
+            fetch = f"wget -q -O - http://{address}:8080/file | sha256sum"
+            self.assertEqual(client.output_of("sh", "-c", fetch).split()[0], digest)
+
     def test_a_pods_rate_is_limited(self):
         annotations = {f"kubernetes.io/{way}-bandwidth": "80M" for way in ("ingress", "egress")}
         pod = self.pod(annotations=annotations)
-        self.serve(pod, "slowly")
+        size = 4 * MIB
+        pod.start("sh", "-c", f"mkdir /www; head -c {size} /dev/zero >/www/file; exec httpd -f -p 8080 -h /www")
+        fetched = f"wget -q -O - http://{pod.addresses[0]}:8080/file | wc -c"
+        client = self.pod().start()
+        wait_until(lambda: client.exec("sh", "-c", fetched).out == str(size), "the file")
         # At the host's end of the interface, and of the one through which all goes that the pod sends.
-        limits = re.findall(r"^qdisc tbf .* rate 80Mbit", self.command("tc", "qdisc", "show", code=0).out, re.M)
-        self.assertEqual(len(limits), 2)
-        self.assertEqual(self.fetch(self.pod().start(), f"http://{pod.addresses[0]}:8080/"), "slowly")
+        shown = self.command("tc", "-s", "qdisc", "show", code=0).out
+        passed = [int(sent) for sent in re.findall(r"^qdisc tbf .* rate 80Mbit.*\n Sent (\d+) bytes", shown, re.M)]
+        self.assertEqual(len(passed), 2, shown)
+        self.assertGreater(max(passed), size)
+        self.assertGreater(min(passed), 1000)
 
     def test_a_namespace_of_another_plugin(self):
         """`ptp`, whose gateway is not on the pod's link but by a route of its own."""
@@ -142,28 +160,42 @@ class Crictl(PodCase):
         self.assertEqual(asking.wait_for_exit()["exitCode"], 128 + signal.SIGINT)
 
     def test_a_config_map_is_updated_at_once(self):
-        # As the kubelet's atomic writer does it: the keys are links through `..data`, which is replaced by renaming.
+        # As the kubelet's atomic writer does it: the keys are links through `..data`, which is replaced by renaming, and what it
+        # led to is removed.
         volume = os.path.join(self.folder, "config")
         os.mkdir(volume)
+        keys = [f"key{number}" for number in range(4)]
 
-        def publish(version):
+        def publish(version, old=None):
             os.mkdir(f"{volume}/..{version}")
-            with open(f"{volume}/..{version}/key", "w", encoding="ascii") as file:
-                file.write(f"{version}\n")
+            for key in keys:
+                with open(f"{volume}/..{version}/{key}", "w", encoding="ascii") as file:
+                    file.write(f"{version}\n")
             os.symlink(f"..{version}", f"{volume}/..data_tmp")
             os.rename(f"{volume}/..data_tmp", f"{volume}/..data")
+            if old:
+                shutil.rmtree(f"{volume}/..{old}")
 
-        publish("first")
-        os.symlink("..data/key", f"{volume}/key")
+        publish("v0")
+        for key in keys:
+            os.symlink(f"..data/{key}", f"{volume}/{key}")
         mounts = [{"host_path": volume, "container_path": "/config", "readonly": True}]
         container = self.pod().start(mounts=mounts)
-        self.assertEqual(container.output_of("cat", "/config/key"), "first")
-        # It reads all the time, and must never find nothing.
-        reader = "while v=$(cat /config/key); do [ $v = second ] && exit 0; done; exit 1"
+        self.assertEqual(container.output_of("cat", "/config/key0"), "v0")
+        # It reads all the time, one key after the other and also the list of them. Who is on the way to the old ones when they are
+        # removed finds nothing, on any file system, and who looks again finds the new ones.
+        reader = ("read() { cat /config/key$1; }; list() { set -- /config/..data/key*; [ $# = 4 ]; }; "
+                  "while :; do for key in 0 1 2 3; do v=$(read $key || read $key) || exit 1; [ $v != last ] || exit 0; "
+                  "list || list || exit 2; done; done")
         with concurrent.futures.ThreadPoolExecutor(1) as background:
             reading = background.submit(container.exec, "sh", "-c", reader)
-            publish("second")
-            self.assertEqual(reading.result().code, 0)
+            for version in range(1, 12):
+                publish(f"v{version}", f"v{version - 1}")
+                # Later in the second for which the guest takes names to be valid, each time.
+                time.sleep(0.3 + version / 20)
+            publish("last", "v11")
+            result = reading.result()
+            self.assertEqual(result.code, 0, result.err)
         self.assertNotEqual(container.exec("touch", "/config/new").code, 0)
 
     def test_a_container_out_of_memory_is_oom_killed_alone(self):
@@ -192,6 +224,7 @@ class Crictl(PodCase):
         # It looks for the end of a line that has none, and has no limit.
         hungry = pod.start("tail", "/dev/zero")
         self.assertEqual(hungry.wait_for_exit()["exitCode"], 137)
+        wait_until(lambda: hungry.status["reason"] == "OOMKilled", "the reason", timeout=30)
         self.assertEqual(neighbour.output_of("echo", "alive"), "alive")
         self.assertEqual(pod.start().output_of("echo", "new"), "new")
 
@@ -201,14 +234,21 @@ class Crictl(PodCase):
         container = pod.start()
         before = json.loads(self.crictl("stats", "--output", "json", "--id", container.id, code=0).out)["stats"][0]
         container.output_of("sh", "-c", "head -c 40000000 /dev/zero >/dev/shm/file; i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done")
+
+        def spent():
+            shown = container.output_of("cat", "/sys/fs/cgroup/cpu.stat")
+            return int(re.search(r"usage_usec (\d+)", shown)[1]) * 1000
+
+        earlier = spent()
         after = json.loads(self.crictl("stats", "--output", "json", "--id", container.id, code=0).out)["stats"][0]
-        spent = {word[0]: int(word[1]) for word in map(str.split, container.output_of("cat", "/sys/fs/cgroup/cpu.stat").splitlines())}
+        later = spent()
 
         def cpu(stats):
             return int(stats["cpu"]["usageCoreNanoSeconds"]["value"])
 
         self.assertLess(cpu(before), cpu(after))
-        self.assertLessEqual(cpu(after), spent["usage_usec"] * 1000)
+        self.assertLessEqual(earlier, cpu(after))
+        self.assertLessEqual(cpu(after), later)
         used = int(container.output_of("cat", "/sys/fs/cgroup/memory.current"))
         told = int(after["memory"]["usageBytes"]["value"])
         self.assertGreater(told, 40000000)
@@ -257,6 +297,50 @@ class Crictl(PodCase):
         refused, _ = self.try_pod()
         self.assertNotEqual(refused.code, 0)
         self.assertIn("vcpu", refused.err)
+
+    def test_a_pod_with_too_little_memory_is_told_how_much_it_needs(self):
+        if self.runtime != "husk":
+            self.skipTest("other pods have no machine")
+        parent, group = self.parent_group()
+
+        def allow(mib):
+            with open(f"{group}/memory.max", "w", encoding="ascii") as file:
+                file.write(str(mib * MIB))
+
+        allow(95)
+        with self.nothing_left():
+            refused, _ = self.try_pod(linux={"cgroup_parent": parent})
+            self.assertNotEqual(refused.code, 0)
+            self.assertIn("95 MiB", refused.err)
+            self.assertIn("96 MiB", refused.err)
+            self.crictl("rmp", "-f", "-a", code=0)
+        allow(96)
+        pod = self.pod(linux={"cgroup_parent": parent})
+        self.assertEqual(pod.start().output_of("echo", "enough"), "enough")
+        pod.remove(code=0)
+
+    def test_a_pod_may_set_by_annotation_what_it_is_allowed(self):
+        if self.runtime != "husk":
+            self.skipTest("it is husk's")
+        with open("/etc/husk/husk.toml", "r+", encoding="ascii") as file:
+            before = file.read()
+            file.write('[annotations]\nallow = ["vm.vcpus"]\n')
+
+        def restore():
+            with open("/etc/husk/husk.toml", "w", encoding="ascii") as file:
+                file.write(before)
+
+        self.addCleanup(restore)
+        pod = self.pod(annotations={"io.husk.vm.vcpus": "2", "another.example/key": "value"})
+        self.assertEqual(pod.start().output_of("nproc"), "2")
+        for key, value, words in (
+            ("io.husk.vm.vcpus", "many", ["vm.vcpus", "many"]),
+            ("io.husk.vm.memory_mib", "1024", ["io.husk.vm.memory_mib", "vm.vcpus"]),
+        ):
+            refused, _ = self.try_pod(annotations={key: value})
+            self.assertNotEqual(refused.code, 0)
+            for word in words:
+                self.assertIn(word, refused.err)
 
     def test_a_termination_message_reaches_the_host(self):
         path = os.path.join(self.folder, "message")

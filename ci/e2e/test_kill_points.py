@@ -87,20 +87,20 @@ class KillPoints(PodCase):
         self.pod().remove(code=0)
 
     def kill(self, find, reached):
-        """Kills the shim of which `find` says (pid, bundle), if it is there yet, as soon as it has come so far."""
+        """Kills the shim of which `find` says (pid, bundle), once it is there, as soon as it has come so far."""
+        shim, bundle = wait_until(find, "the shim", pause=0.005)
+
         def killed():
-            found = find()
-            if not found:
-                return False
             try:
-                if not reached(*found):
+                if not reached(shim, bundle):
                     return False
-                os.kill(found[0], signal.SIGKILL)
+                os.kill(shim, signal.SIGKILL)
             except (FileNotFoundError, ProcessLookupError) as error:
                 self.fail(f"the shim has ended by itself: {error}")
             return True
 
-        wait_until(killed, "the shim to come so far")
+        # So that it is there that it dies, and not some steps later.
+        wait_until(killed, "the shim to come so far", pause=0.001)
 
     def remove_all(self):
         """What a kubelet does with pods that have failed."""
@@ -157,7 +157,10 @@ class KillPoints(PodCase):
                     self.crictl, "update", "--memory", LARGE["memory_limit_in_bytes"], "--cpu-period", LARGE["cpu_period"],
                     "--cpu-quota", LARGE["cpu_quota"], container.id)
                 self.kill(lambda: (shim, None), has_another_processor)
-                updating.result()
+                result = updating.result()
+            # It may have been told of the processor before the shim was killed.
+            if result.code:
+                self.assertRegex(result.err, SHIM_LOST)
             # Until containerd has seen it, it refuses to remove the container.
             container.wait_for_exit()
             self.remove_all()

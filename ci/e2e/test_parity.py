@@ -176,16 +176,17 @@ class Parity(Case):
         def script(runtime, note):
             terminal = self.terminal_container("sh", runtime=runtime, rows=33, columns=111)
 
-            def run(line):
+            def run(line, window=None):
                 """Has the shell run a line, and notes what that says: the echo of the line depends on when it is typed."""
                 terminal.expect("# ")
                 terminal.type(f"echo beg''in; {line}; echo en''d\n")
+                if window:
+                    terminal.resize(*window)
                 note(line, re.sub(r"\r+\n", "\n", terminal.expect("(?s)begin(.*?)end")[1].decode()))
 
             # The first size is set after the start.
             run("until [ \"$(stty size 2>&-)\" = '33 111' ]; do sleep 0.2; done; stty -a; tty")
-            terminal.resize(40, 120)
-            run("until [ \"$(stty size)\" = '40 120' ]; do sleep 0.2; done; stty size")
+            run("until [ \"$(stty size)\" = '40 120' ]; do sleep 0.2; done; stty size", window=(40, 120))
             terminal.expect("# ")
             # A signal that comes before a program has started would wait for its end: here the shell itself waits.
             terminal.type("told=; trap told=1 INT; echo rea''dy; until [ $told ]; do :; done; echo cau''ght\n")
