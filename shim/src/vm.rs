@@ -484,6 +484,7 @@ fn protocol(storage: Storage) -> ShareProtocol {
     match storage.sharing() {
         Sharing::VirtioFs => ShareProtocol::Fuse {
             writeback: storage.writeback(),
+            dax_window_mib: storage.dax_window_mib(),
         },
         Sharing::NineP => ShareProtocol::P9,
     }

@@ -35,6 +35,7 @@ use crate::platform::hotplug::{HotplugRegisters, HotplugState};
 use crate::platform::power::PowerRegisters;
 use crate::platform::pvpanic::PanicNotifier;
 use crate::platform::serial::{SerialPort, SerialState};
+use crate::virtio::SharedMemory;
 use crate::virtio::worker::ThreadSetup;
 use crate::vmm::NicFiles;
 
@@ -51,8 +52,11 @@ pub(crate) struct Parts<'a> {
     pub(crate) disks: Vec<File>,
     /// One for each network device of the configuration.
     pub(crate) nics: Vec<NicFiles>,
-    pub(crate) memory: &'a GuestMemoryMmap,
-    /// The part of it that may be plugged in while the guest runs.
+    /// What devices may read and write: the guest's memory, and the windows.
+    pub(crate) memory: GuestMemoryMmap,
+    /// One for each share of the configuration that has one.
+    pub(crate) windows: Vec<Option<Arc<SharedMemory>>>,
+    /// The part of the memory that may be plugged in while the guest runs.
     pub(crate) pluggable: Range<u64>,
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
     pub(crate) end: &'a Arc<End>,
@@ -238,13 +242,29 @@ fn add_platform_devices(
 }
 
 /// The device of a shared folder, for so many vCPUs.
-fn make_share(share: &ShareConfig, vcpus: u8, setup: ThreadSetup) -> Result<Made, Error> {
+fn make_share(
+    share: &ShareConfig,
+    window: Option<Arc<SharedMemory>>,
+    vcpus: u8,
+    setup: ThreadSetup,
+) -> Result<Made, Error> {
     let name = format!("file system ({})", share.tag);
     let tag = Tag::try_from(share.tag.clone()).map_err(|err| broken(&name, err))?;
     let label = share.tag.clone();
-    let writeback = share.protocol == ShareProtocol::Fuse { writeback: true };
-    let exported =
+    let writeback = matches!(
+        share.protocol,
+        ShareProtocol::Fuse {
+            writeback: true,
+            ..
+        }
+    );
+    let mut exported =
         Share::new(&share.path, share.cache, writeback).map_err(|err| broken(&name, err))?;
+    if let Some(window) = window {
+        exported
+            .set_window(window)
+            .map_err(|err| broken(&name, err))?;
+    }
     Ok(match share.protocol {
         ShareProtocol::Fuse { .. } => {
             let fs =
@@ -270,6 +290,7 @@ fn add_virtio_devices(
         config,
         setup,
         pluggable,
+        windows,
         ..
     } = parts;
 
@@ -290,8 +311,8 @@ fn add_virtio_devices(
     let vsock_handle = vsock.handle();
     slots.add(Made::new(vsock, move |into| metrics.collect(into)))?;
 
-    for share in &config.shares {
-        slots.add(make_share(share, config.max_vcpus, setup)?)?;
+    for (share, window) in config.shares.iter().zip(windows) {
+        slots.add(make_share(share, window, config.max_vcpus, setup)?)?;
     }
 
     for (disk, file) in config.disks.iter().zip(parts.disks) {

@@ -61,6 +61,9 @@ pub enum ShareProtocol {
         /// The guest keeps what is written until `fsync`, `close` or its kernel finds the time to tell the worker, and
         /// decides on times and lengths of files itself. Without effect where nothing is kept ([`CachePolicy::None`]).
         writeback: bool,
+        /// The size of the DAX window, in which the guest has files mapped instead of asking for what they hold, rounded up to
+        /// an even number. None if zero.
+        dax_window_mib: u32,
     },
     /// 9P2000.L: the 9P transport.
     P9,

@@ -60,6 +60,27 @@ pub enum Error {
     #[error("cannot save the memory of the VM")]
     SaveMemory(#[source] io::Error),
 
+    /// A DAX window has no place in the guest's address space.
+    #[error(
+        "a DAX window of {size_mib} MiB finds no place below the {address_bits} bits of the processor's physical addresses: make it smaller, or max_memory_mib"
+    )]
+    WindowPlace {
+        /// How large it was to be.
+        size_mib: u32,
+        /// What there is.
+        address_bits: u32,
+    },
+
+    /// A DAX window cannot be had.
+    #[error("cannot reserve {size_mib} MiB for a DAX window")]
+    AllocateWindow {
+        /// How much.
+        size_mib: u32,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+
     /// KVM refuses a memory slot.
     #[error("KVM refuses the memory slot of {len:#x} bytes at {base:#x}")]
     MemorySlot {

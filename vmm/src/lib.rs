@@ -11,6 +11,7 @@ pub mod control;
 pub mod devices;
 mod end;
 mod error;
+mod faults;
 mod irq;
 mod kvm;
 mod layout;
@@ -22,6 +23,7 @@ pub mod snapshot;
 mod vcpu;
 pub mod virtio;
 mod vmm;
+mod windows;
 pub mod worker;
 mod workshop;
 

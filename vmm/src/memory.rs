@@ -83,7 +83,7 @@ pub(crate) fn allocate(size_mib: u32, max_mib: u32) -> Result<GuestMemoryMmap, E
 /// Where is the kernel's choice, since [`MmapRegion`] owns only what it has mapped itself: it takes the highest gap that is
 /// large enough. So one of exactly this length is left at the right place. Should another thread map something there before,
 /// the memory comes to lie elsewhere, and KVM may map it by small pages only.
-fn map_aligned(len: usize) -> io::Result<MmapRegion> {
+pub(crate) fn map_aligned(len: usize) -> io::Result<MmapRegion> {
     let reserved_len = len + 2 * LARGE_PAGE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let reserved =

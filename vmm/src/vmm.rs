@@ -28,6 +28,7 @@ use crate::memory;
 use crate::snapshot::RestoreError;
 use crate::vcpu::{CpuModel, ExitKind, Surroundings, Vcpu, VcpuSetup, VcpuState};
 use crate::virtio::worker::ThreadSetup;
+use crate::windows;
 use crate::workshop::Workshop;
 
 /// The files of a VM.
@@ -244,8 +245,11 @@ impl Vmm {
         set_nonblocking(&machine.console).map_err(Error::Console)?;
         let memory = machine.memory;
         let kvm = kvm::open()?;
+        let model = CpuModel::new(&kvm, config.max_vcpus)?;
+        let windows = windows::reserve(&config.shares, &memory, model.address_bits())?;
+        let reachable = windows::reachable(&memory, &windows);
         let vm = Arc::new(KvmVm::new(&kvm)?);
-        memory::register(vm.fd(), &memory)?;
+        memory::register(vm.fd(), &reachable)?;
         let end = Arc::new(End::new().map_err(Error::EventFd)?);
         let board = Board::new(
             Parts {
@@ -253,7 +257,8 @@ impl Vmm {
                 console: machine.console,
                 disks: machine.disks,
                 nics: machine.nics,
-                memory: &memory,
+                memory: reachable,
+                windows,
                 pluggable: memory::map(config.memory_mib, config.max_memory_mib).1,
                 hypervisor: vm.clone(),
                 end: &end,
@@ -263,7 +268,7 @@ impl Vmm {
         )?;
         let maker = Arc::new(VcpuMaker {
             vm: Arc::clone(&vm),
-            model: CpuModel::new(&kvm, config.max_vcpus)?,
+            model,
             surroundings: Surroundings {
                 buses: Arc::clone(&board.buses),
                 end: Arc::clone(&end),

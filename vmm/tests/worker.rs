@@ -214,6 +214,10 @@ rmdir ../lost
 cd ..
 (cp from-host a/copy & cp from-host a/copy2 & wait)
 cmp a/copy a/copy2
+truncate -s 4M a/sparse
+echo in-place | dd of=a/sparse bs=1 seek=3000000 conv=notrunc,fsync 2>/dev/null
+grep -q in-place a/sparse
+rm a/sparse
 rm a/hard a/soft a/node a/fifo
 rmdir a/b 2>/dev/null || rm -r a/b/
 sync
@@ -239,7 +243,10 @@ fn guest_runs_jailed_until_it_powers_off() {
             tag: "share".to_owned(),
             path: share.path().to_owned(),
             cache: CachePolicy::Auto,
-            protocol: ShareProtocol::Fuse { writeback: false },
+            protocol: ShareProtocol::Fuse {
+                writeback: false,
+                dax_window_mib: 16,
+            },
         });
     });
     assert_eq!(booted, Ok(Reply::Booted));
@@ -465,7 +472,10 @@ fn what_cannot_boot_is_told_and_ends_the_worker() {
             tag: "share".to_owned(),
             path: "/does/not/exist".into(),
             cache: CachePolicy::Auto,
-            protocol: ShareProtocol::Fuse { writeback: false },
+            protocol: ShareProtocol::Fuse {
+                writeback: false,
+                dax_window_mib: 0,
+            },
         });
     };
     let message = worker.boot("", missing).unwrap_err();

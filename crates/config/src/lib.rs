@@ -42,12 +42,16 @@ const BOOT_TIMEOUT_S: RangeInclusive<u32> = 1..=3600;
 /// Half of the kernel's COMMAND_LINE_SIZE on x86_64: the other half is for what the hypervisor says itself.
 const KERNEL_PARAMS_MAX_LEN: usize = 1024;
 
+/// How large a DAX window may be. Linux maps 2 MiB at a time: with fewer of those, programs would wait for each other. The
+/// largest one's administration is 256 MiB of the guest's memory.
+const DAX_WINDOW_MIB: RangeInclusive<u32> = 16..=16384;
+
 /// Before the key of an annotation that sets a key of the configuration for one pod.
 const ANNOTATION_PREFIX: &str = "io.husk.";
 
 /// The keys that an administrator may leave to pods. None of the others is a pod's business: a path is one of the host's,
 /// which the shim opens as root, and what host networking means is the node's decision.
-const ANNOTATION_KEYS: [&str; 10] = [
+const ANNOTATION_KEYS: [&str; 11] = [
     "vm.vcpus",
     "vm.max_vcpus",
     "vm.memory_mib",
@@ -58,6 +62,7 @@ const ANNOTATION_KEYS: [&str; 10] = [
     "storage.sharing",
     "storage.cache",
     "storage.writeback",
+    "storage.dax_window_mib",
 ];
 
 /// The configuration, checked.
@@ -124,6 +129,7 @@ pub struct Storage {
     sharing: Sharing,
     cache: Cache,
     writeback: bool,
+    dax_window_mib: u32,
 }
 
 /// By what the host shares files with the guest.
@@ -307,6 +313,12 @@ impl Storage {
         self.writeback
     }
 
+    /// The size of the window in which the guest has files of the host mapped. None if zero.
+    #[must_use]
+    pub fn dax_window_mib(self) -> u32 {
+        self.dax_window_mib
+    }
+
     fn overlaid(self, raw: RawStorage, text: &Text<'_>) -> Result<Self, ConfigError> {
         let caches = [
             ("auto", Cache::Auto),
@@ -325,6 +337,13 @@ impl Storage {
             .unwrap_or(self.cache),
             writeback: check(text, "storage.writeback", raw.writeback, truth)?
                 .unwrap_or(self.writeback),
+            dax_window_mib: check(
+                text,
+                "storage.dax_window_mib",
+                raw.dax_window_mib,
+                dax_window_mib,
+            )?
+            .unwrap_or(self.dax_window_mib),
         })
     }
 }
@@ -477,6 +496,7 @@ struct RawStorage {
     sharing: Option<Spanned<Value>>,
     cache: Option<Spanned<Value>>,
     writeback: Option<Spanned<Value>>,
+    dax_window_mib: Option<Spanned<Value>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -532,6 +552,12 @@ fn kernel_params(value: &Value) -> Result<String, String> {
 
 fn truth(value: &Value) -> Result<bool, String> {
     value.as_bool().ok_or_else(|| "true or false".to_owned())
+}
+
+fn dax_window_mib(value: &Value) -> Result<u32, String> {
+    integer(value, &(0..=0))
+        .or_else(|_| integer(value, &DAX_WINDOW_MIB))
+        .map_err(|expected| format!("0 for none, or {expected}"))
 }
 
 fn one_of<T: Copy>(value: &Value, words: &[(&str, T)]) -> Result<T, String> {

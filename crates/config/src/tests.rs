@@ -39,6 +39,7 @@ fn every_key_is_read() {
         sharing = "9p"
         cache = "always"
         writeback = true
+        dax_window_mib = 1024
         "#,
     )
     .unwrap();
@@ -58,6 +59,7 @@ fn every_key_is_read() {
     assert_eq!(storage.sharing(), Sharing::NineP);
     assert_eq!(storage.cache(), Cache::Always);
     assert!(storage.writeback());
+    assert_eq!(storage.dax_window_mib(), 1024);
 }
 
 #[test]
@@ -267,6 +269,30 @@ fn annotations_hold_truths() {
     for value in ["yes", "1", ""] {
         let text = with(value).unwrap_err().to_string();
         assert!(text.contains("allowed is true or false"), "{text}");
+    }
+}
+
+#[test]
+fn a_dax_window_is_none_or_of_a_useful_size() {
+    let with = |value: &str| {
+        let text = format!(
+            "[storage]\ndax_window_mib = {value}\n[annotations]\nallow = [\"storage.dax_window_mib\"]"
+        );
+        Config::from_toml(&text, "husk.toml")
+    };
+    assert_eq!(Config::default().storage().dax_window_mib(), 0);
+    for value in ["0", "16", "16384"] {
+        let config = with(value).unwrap();
+        assert_eq!(config.storage().dax_window_mib().to_string(), value);
+        let none = config.with_annotations([("io.husk.storage.dax_window_mib", "0")]);
+        assert_eq!(none.unwrap().storage().dax_window_mib(), 0);
+    }
+    for value in ["1", "15", "16385", "-2", "\"64\"", "true"] {
+        let text = with(value).unwrap_err().to_string();
+        assert!(
+            text.contains("allowed is 0 for none, or an integer from 16 to 16384"),
+            "{text}"
+        );
     }
 }
 

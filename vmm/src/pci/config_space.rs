@@ -15,6 +15,7 @@ const STATUS: usize = 0x06;
 const REVISION: usize = 0x08;
 const CLASS: usize = 0x09;
 pub(super) const BAR0: usize = 0x10;
+const BAR2: usize = 0x18;
 const SUBSYSTEM_VENDOR_ID: usize = 0x2c;
 const SUBSYSTEM_ID: usize = 0x2e;
 const CAPABILITIES: usize = 0x34;
@@ -26,6 +27,8 @@ const COMMAND_MEMORY: u16 = 1 << 1;
 /// Memory space, bus mastering, no INTx.
 const COMMAND_WRITABLE: u16 = COMMAND_MEMORY | 1 << 2 | 1 << 10;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
+/// Of a BAR: it has 64 bits, and reading has no side effects.
+const BAR_64_PREFETCHABLE: u64 = 0b1100;
 
 /// Who the function says it is.
 #[derive(Debug, Clone, Copy)]
@@ -75,6 +78,15 @@ impl ConfigSpace {
         debug_assert!(size.is_power_of_two() && address.is_multiple_of(size));
         self.bytes[BAR0..BAR0 + 4].copy_from_slice(&address.to_le_bytes());
         self.writable[BAR0..BAR0 + 4].copy_from_slice(&(!(size - 1)).to_le_bytes());
+    }
+
+    /// Makes BARs 2 and 3 a window of `size` bytes (a power of two) in 64-bit memory that may be prefetched, placed at
+    /// `address`.
+    pub(super) fn set_memory_bar_64(&mut self, address: u64, size: u64) {
+        debug_assert!(size.is_power_of_two() && address.is_multiple_of(size));
+        let bar = BAR2..BAR2 + size_of::<u64>();
+        self.bytes[bar.clone()].copy_from_slice(&(address | BAR_64_PREFETCHABLE).to_le_bytes());
+        self.writable[bar].copy_from_slice(&(!(size - 1)).to_le_bytes());
     }
 
     /// Adds a capability: `body` is what follows the id and the pointer to the next, `writable` its bits that the guest may
@@ -222,6 +234,19 @@ mod tests {
         assert_eq!(space.u16(COMMAND), COMMAND_WRITABLE);
         assert_eq!(space.bar_address(), Some(0xd000_0000));
         assert_eq!(read_u32(&space, BAR0 + 4), 0, "no other BAR");
+    }
+
+    #[test]
+    fn a_bar_of_64_bits_tells_its_size_and_kind() {
+        let mut space = space();
+        space.set_memory_bar_64(0x10_8000_0000, 1 << 30);
+        assert_eq!(read_u32(&space, BAR2), 0x8000_000c);
+        assert_eq!(read_u32(&space, BAR2 + 4), 0x10);
+        space.write(BAR2, &[0xff; 4]);
+        space.write(BAR2 + 4, &[0xff; 4]);
+        assert_eq!(read_u32(&space, BAR2), 0xc000_000c);
+        assert_eq!(read_u32(&space, BAR2 + 4), 0xffff_ffff);
+        assert_eq!(read_u32(&space, BAR0), 0xc000_8000, "the other one stays");
     }
 
     #[test]

@@ -14,6 +14,7 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::SharedMemory;
 use crate::snapshot::AnySnapshot;
 
 /// Virtio device types (virtio 1.3, section 5).
@@ -77,7 +78,7 @@ pub struct ActiveQueue {
 /// All that a device gets when the driver sets DRIVER_OK.
 #[derive(Debug)]
 pub struct Activation {
-    /// The guest's memory.
+    /// The guest's memory, and the shared memory regions of all devices.
     pub memory: GuestMemoryMmap,
     /// The features that both sides agreed on.
     pub features: u64,
@@ -119,6 +120,11 @@ pub trait VirtioDevice: AnySnapshot + Send + fmt::Debug {
 
     /// Writes to the device-specific configuration space. Most devices have nothing that a driver may write.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// The device's shared memory region 0 (2.10), if it has one. Always the same.
+    fn shared_memory(&self) -> Option<Arc<SharedMemory>> {
+        None
+    }
 
     /// Starts serving the queues, from the positions that they hold: a new queue's are zero, one that was paused or
     /// restored goes on where it stopped. Called after each DRIVER_OK and after each [`Self::pause`], never while active.

@@ -3,6 +3,7 @@
 pub mod counter;
 mod device;
 pub mod queue;
+mod shared_memory;
 #[cfg(any(test, feature = "fuzzing"))]
 #[allow(
     clippy::unwrap_used,
@@ -12,6 +13,7 @@ pub mod testing;
 pub mod worker;
 
 pub use device::{ActivateError, Activation, ActiveQueue, DeviceType, Interrupt, VirtioDevice};
+pub use shared_memory::SharedMemory;
 
 /// Reads at `offset` of a configuration space; what lies past its end is zero.
 pub(crate) fn read_config_space(space: &[u8], offset: u64, data: &mut [u8]) {

@@ -108,7 +108,11 @@ fn compile(role: Role) -> Result<BpfProgram, BackendError> {
         Role::Device(device) => {
             allow(&mut rules, DEVICE);
             match device {
-                DeviceType::Fs | DeviceType::P9 => allow(&mut rules, FILE_SERVER),
+                DeviceType::Fs => {
+                    allow(&mut rules, FILE_SERVER);
+                    allow(&mut rules, WINDOW);
+                }
+                DeviceType::P9 => allow(&mut rules, FILE_SERVER),
                 DeviceType::Block => {
                     allow(&mut rules, BLOCK);
                     allow_ioctls(&mut rules, BLOCK_IOCTLS)?;
@@ -390,6 +394,9 @@ const FILE_SERVER: &[i64] = &[
     libc::SYS_utimensat,
 ];
 
+/// To follow the lengths of the files that the guest has mapped in the DAX window. `mmap` every thread has.
+const WINDOW: &[i64] = &[libc::SYS_inotify_add_watch, libc::SYS_inotify_rm_watch];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -425,6 +432,7 @@ mod tests {
             NET,
             VSOCK,
             FILE_SERVER,
+            WINDOW,
         ];
         assert_eq!(THREAD, 0x003d_0f00);
         for call in [

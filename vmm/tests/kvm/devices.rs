@@ -47,7 +47,10 @@ fn a_folder_is_shared_both_ways() {
         tag: "husk".to_owned(),
         path: folder.path().to_owned(),
         cache: CachePolicy::Auto,
-        protocol: ShareProtocol::Fuse { writeback: false },
+        protocol: ShareProtocol::Fuse {
+            writeback: false,
+            dax_window_mib: 0,
+        },
     }];
     let (reason, output) = guest.start().end();
     assert_eq!(reason, ExitReason::PowerOff, "{output}");

@@ -95,7 +95,10 @@ fn a_shared_folder_behaves_as_a_file_system() {
         tag: "husk".to_owned(),
         path: folder.path().to_owned(),
         cache: CachePolicy::Auto,
-        protocol: ShareProtocol::Fuse { writeback: false },
+        protocol: ShareProtocol::Fuse {
+            writeback: false,
+            dax_window_mib: 0,
+        },
     }];
     assert_passed(guest);
 }

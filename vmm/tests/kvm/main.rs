@@ -12,3 +12,4 @@ mod resize;
 mod snapshot;
 #[path = "../support/mod.rs"]
 mod support;
+mod window;

@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -239,6 +240,11 @@ fn built(variable: &str, name: &str) -> PathBuf {
 
 /// An initramfs with busybox and `script` as /init.
 pub(crate) fn initramfs(script: &str) -> File {
+    initramfs_with(script, &[])
+}
+
+/// The same, with further programs.
+pub(crate) fn initramfs_with(script: &str, programs: &[(&str, &[u8])]) -> File {
     let busybox = std::fs::read("/bin/busybox").expect("busybox-static is installed");
     let prelude = "#!/bin/busybox sh\n\
         export PATH=/bin\n\
@@ -252,8 +258,28 @@ pub(crate) fn initramfs(script: &str) -> File {
     }
     archive.console("dev/console");
     archive.program("bin/busybox", &busybox);
+    for (path, content) in programs {
+        archive.program(path, content);
+    }
     archive.program("init", format!("{prelude}{script}").as_bytes());
     file_of(&archive.finish())
+}
+
+/// A program in C for a guest, which has no libraries.
+pub(crate) fn compile(source: &str) -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let (input, output) = (
+        folder.path().join("program.c"),
+        folder.path().join("program"),
+    );
+    std::fs::write(&input, source).unwrap();
+    let status = Command::new("cc")
+        .args(["-static", "-O1", "-Wall", "-Werror", "-o"])
+        .args([&output, &input])
+        .status()
+        .expect("there is a compiler of C");
+    assert!(status.success(), "the program does not compile");
+    std::fs::read(output).unwrap()
 }
 
 /// A script for /init that runs `script` for each event of the guest's kernel, with what the event says in its environment,

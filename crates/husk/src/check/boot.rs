@@ -38,7 +38,10 @@ pub(super) fn check(vm: &husk_config::Vm, shim: &Path) -> Result<String, Problem
             tag: SHARE_TAG.to_owned(),
             path: share.path().to_owned(),
             cache: CachePolicy::Auto,
-            protocol: ShareProtocol::Fuse { writeback: false },
+            protocol: ShareProtocol::Fuse {
+                writeback: false,
+                dax_window_mib: 0,
+            },
         }],
         disks: Vec::new(),
         nics: Vec::new(),

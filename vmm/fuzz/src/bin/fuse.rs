@@ -2,15 +2,17 @@
 //! answers told of, as their numbers are random.
 #![no_main]
 
+use std::sync::Arc;
+
 use fuse_backend_rs::abi::fuse_abi::{InHeader, InitIn};
 use fuse_backend_rs::api::filesystem::{FsOptions, ROOT_ID};
 use husk_vmm::config::CachePolicy;
 use husk_vmm::devices::fs::{FsDevice, HIPRIO_QUEUE, REQUEST_QUEUE, Share, Tag};
-use husk_vmm::virtio::VirtioDevice;
+use husk_vmm::virtio::{SharedMemory, VirtioDevice};
 use husk_vmm::virtio::testing::Driver;
 use husk_vmm_fuzz::{Folder, Record, records};
 use libfuzzer_sys::fuzz_target;
-use vm_memory::ByteValued;
+use vm_memory::{ByteValued, GuestAddress};
 
 const INIT: u32 = 26;
 
@@ -27,6 +29,9 @@ const TELL_NODE: [u32; 7] = [1, 6, 8, 9, 13, 35, 51];
 
 /// FORGET, INTERRUPT, BATCH_FORGET.
 const SILENT: [u32; 3] = [2, 36, 42];
+
+/// Room for four mappings.
+const WINDOW: u64 = 4 * SharedMemory::UNIT;
 
 const OUT_HEADER: usize = 16;
 const ENTRY: usize = 128;
@@ -107,7 +112,9 @@ impl Guest {
 
 fuzz_target!(|data: &[u8]| {
     let folder = Folder::new();
-    let share = Share::new(&folder.shared(), CachePolicy::Auto, true).expect("a shared folder");
+    let mut share = Share::new(&folder.shared(), CachePolicy::Auto, true).expect("a shared folder");
+    let window = SharedMemory::new(GuestAddress(1 << 36), WINDOW).expect("a window");
+    share.set_window(Arc::new(window)).expect("a window");
     let tag = Tag::try_from("fuzz".to_owned()).expect("a tag");
     let mut device = FsDevice::new(tag, share, 1, |_| Ok(())).expect("a device");
     let mut guest = Guest {

@@ -22,7 +22,8 @@ use crate::snapshot::{RestoreError, Snapshot};
 use crate::virtio::queue::{QueueError, take_queues_and};
 use crate::virtio::worker::{ThreadSetup, Worker};
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, DeviceType, VirtioDevice, read_config_space,
+    ActivateError, Activation, ActiveQueue, DeviceType, SharedMemory, VirtioDevice,
+    read_config_space,
 };
 
 /// Index of the queue of requests that cannot wait.
@@ -50,6 +51,14 @@ pub enum FsError {
         /// The tag.
         tag: String,
     },
+    /// There is nothing by which to follow what the host does to mapped files.
+    #[error(
+        "cannot watch files that the guest has mapped: raise fs.inotify.max_user_instances, or do without a DAX window"
+    )]
+    NoWatch(#[source] io::Error),
+    /// What the host does to mapped files cannot be followed.
+    #[error("cannot wait for changes of mapped files")]
+    Watch(#[source] io::Error),
     /// The thread cannot be made.
     #[error("cannot start the file system device")]
     Start(#[source] io::Error),
@@ -175,6 +184,10 @@ impl VirtioDevice for FsDevice {
         read_config_space(&self.config, offset, data);
     }
 
+    fn shared_memory(&self) -> Option<Arc<SharedMemory>> {
+        self.share.shared_memory()
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let interrupt = Arc::clone(&activation.interrupt);
         let others = REQUEST_QUEUE + 1..REQUEST_QUEUE + u16::from(MAX_REQUEST_QUEUES);
@@ -211,8 +224,8 @@ impl VirtioDevice for FsDevice {
     }
 }
 
-/// What is saved of a file system device: what the guest and it agreed on. Node ids and open files are not; they stand
-/// for descriptors, and a restored guest finds them stale.
+/// What is saved of a file system device: what the guest and it agreed on. Node ids, open files and what is mapped in the
+/// DAX window are not; they stand for descriptors, and a restored guest finds them stale.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FsState {

@@ -1,6 +1,6 @@
 //! The file system device (virtio 1.3, 5.11): a folder of the host, served to the guest's FUSE client. Queues:
 //! [`HIPRIO_QUEUE`] and, from [`REQUEST_QUEUE`] on, one for each vCPU, four at most. Configuration space: the tag and the
-//! number of request queues. Features: indirect descriptors; no notification queue, no DAX window.
+//! number of request queues. Features: indirect descriptors; no notification queue.
 //!
 //! The protocol is fuse-backend-rs's; [`Share`] is the file system.
 

@@ -1,5 +1,7 @@
 //! Tests of the file system device, by a driver that plays a guest's FUSE client, honest or not.
 
+mod window;
+
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -65,7 +67,11 @@ impl Guest {
 
     fn caching(cache: CachePolicy, writeback: bool) -> Self {
         let folder = TempDir::new().unwrap();
-        let mut device = device_with(folder.path(), cache, writeback);
+        let device = device_with(folder.path(), cache, writeback);
+        Self::with(device, folder)
+    }
+
+    fn with(mut device: FsDevice, folder: TempDir) -> Self {
         let driver = Driver::activate(&mut device);
         Self {
             device,

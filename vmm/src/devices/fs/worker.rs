@@ -10,8 +10,9 @@ use fuse_backend_rs::api::filesystem::FileSystem;
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use vm_memory::ByteValued;
+use vmm_sys_util::epoll::EventSet;
 
-use super::device::FsError;
+use super::device::{FsError, HIPRIO_QUEUE};
 use super::metrics::FsMetrics;
 use super::share::Share;
 use crate::virtio::ActiveQueue;
@@ -21,6 +22,9 @@ use crate::virtio::worker::{Poll, Serve};
 /// Most bytes that a request, or an answer, may have: the payload that is agreed on, and headers. Memory for an answer is
 /// allocated by the room that the chain offers.
 const MAX_MESSAGE: usize = MAX_BUFFER_SIZE as usize + 8192;
+
+/// What the thread waits for beside its queues.
+const HOST_EVENTS: u64 = 0;
 
 /// What exists only while active.
 pub(super) struct FsWorker {
@@ -77,6 +81,24 @@ impl Serve for FsWorker {
         self.queues.iter().collect()
     }
 
+    /// The first queue's thread follows what the host does to mapped files as well.
+    fn start(&mut self, poll: &Poll) -> Result<(), FsError> {
+        let is_first = self
+            .queues
+            .iter()
+            .any(|queue| queue.index() == HIPRIO_QUEUE);
+        if let Some(events) = self.share.host_events().filter(|_| is_first) {
+            poll.add(events, HOST_EVENTS, EventSet::IN)
+                .map_err(FsError::Watch)?;
+        }
+        Ok(())
+    }
+
+    fn ready(&mut self, _token: u64, _events: EventSet, _poll: &Poll) -> Result<(), FsError> {
+        self.share.follow_host();
+        Ok(())
+    }
+
     fn kicked(&mut self, index: u16, _poll: &Poll) -> Result<(), FsError> {
         let Self {
             queues,
@@ -125,6 +147,9 @@ fn answer(
 
     if let Some(answer) = share.serve_newer(&header, &mut request) {
         metrics.requests.inc();
+        if header.opcode == Opcode::SetupMapping as u32 && answer.is_ok() {
+            metrics.mappings.inc();
+        }
         return Ok(write_answer(&mut room, header.unique, answer));
     }
     let agreed = share.agree(&header, &mut request);

@@ -7,13 +7,14 @@ use super::{
 use crate::pci::config_space::ConfigSpace;
 use crate::pci::msix;
 
-/// Vendor-specific capability, of which virtio has five kinds (4.1.4).
+/// Vendor-specific capability, of which virtio has six kinds (4.1.4).
 const CAPABILITY_ID: u8 = 0x09;
 const CAP_COMMON: u8 = 1;
 const CAP_NOTIFY: u8 = 2;
 const CAP_ISR: u8 = 3;
 const CAP_DEVICE: u8 = 4;
 const CAP_PCI: u8 = 5;
+const CAP_SHARED_MEMORY: u8 = 8;
 /// Where the window of the PCI configuration access capability has its BAR, offset, length and data.
 pub(super) const PCI_CAP_BAR: usize = 4;
 pub(super) const PCI_CAP_OFFSET: usize = 8;
@@ -59,4 +60,15 @@ pub(super) fn add_virtio(config: &mut ConfigSpace, queues: usize) -> usize {
     writable[PCI_CAP_BAR - 2] = 0xff;
     writable[PCI_CAP_OFFSET - 2..].fill(0xff);
     add(CAP_PCI, 0, 0, &[0; 4], &writable)
+}
+
+/// Adds shared memory region 0, which is all of BAR 2 or its beginning (4.1.4.7).
+pub(super) fn add_shared_memory(config: &mut ConfigSpace, len: u64) {
+    let (low, high) = (len & 0xffff_ffff, len >> 32);
+    // Length of the capability, kind, BAR, id of the region, padding; the offset is zero.
+    let mut body = vec![24, CAP_SHARED_MEMORY, 2, 0, 0, 0, 0, 0, 0, 0];
+    body.extend(low.to_le_bytes().iter().take(4));
+    body.extend([0; 4]);
+    body.extend(high.to_le_bytes().iter().take(4));
+    config.add_capability(CAPABILITY_ID, &body, &[]);
 }

@@ -1,4 +1,6 @@
-//! Virtio over PCI (virtio 1.3, 4.1): one function with one memory BAR, modern only.
+//! Virtio over PCI (virtio 1.3, 4.1): one function with a BAR of registers, modern only. A device that has a shared memory
+//! region has it in a second BAR, which stays where it is: a driver that moves the BAR finds nothing there. So Linux sizes
+//! BARs and switches their decoding off and on without a change of the VM's memory.
 //!
 //! ```text
 //! reset ─► ACKNOWLEDGE ─► DRIVER ─► FEATURES_OK ─► DRIVER_OK: the device is activated
@@ -151,6 +153,11 @@ impl VirtioPci {
         config.set_memory_bar(bar, BAR_SIZE);
         let msix_capability = capabilities::add_msix(&mut config, vectors);
         let pci_capability = capabilities::add_virtio(&mut config, queues);
+        if let Some(region) = device.shared_memory() {
+            let len = region.len();
+            config.set_memory_bar_64(region.at().0, len.next_power_of_two());
+            capabilities::add_shared_memory(&mut config, len);
+        }
         Ok(Self {
             function: Mutex::new(Function {
                 registers: Registers::new(device.queue_max_sizes()),

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::*;
 use crate::kvm::testing::FakeHypervisor;
 use crate::snapshot::Snapshot;
-use crate::virtio::DeviceType;
+use crate::virtio::{DeviceType, SharedMemory};
 
 const BAR: u32 = 0xc000_0000;
 const OFFERED: u64 = 1 << 5;
@@ -27,6 +27,7 @@ struct Seen {
 struct FakeDevice {
     seen: Arc<Seen>,
     value: u32,
+    region: Option<Arc<SharedMemory>>,
 }
 
 impl VirtioDevice for FakeDevice {
@@ -52,6 +53,10 @@ impl VirtioDevice for FakeDevice {
             .lock()
             .unwrap()
             .push((offset, data.to_vec()));
+    }
+
+    fn shared_memory(&self) -> Option<Arc<SharedMemory>> {
+        self.region.clone()
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -96,12 +101,17 @@ struct Driver {
 
 impl Driver {
     fn new() -> Self {
+        Self::with_region(None)
+    }
+
+    fn with_region(region: Option<Arc<SharedMemory>>) -> Self {
         let hypervisor = Arc::new(FakeHypervisor::default());
         let seen = Arc::new(Seen::default());
         let function = VirtioPci::new(
             Box::new(FakeDevice {
                 seen: Arc::clone(&seen),
                 value: 7,
+                region,
             }),
             BAR,
             crate::memory::allocate(32, 32).unwrap(),
@@ -486,6 +496,33 @@ fn capabilities_describe_structures_inside_of_the_bar() {
         driver.read_config::<4>(notify + 16),
         NOTIFY_MULTIPLIER.to_le_bytes()
     );
+}
+
+#[test]
+fn a_shared_memory_region_is_described_where_it_is() {
+    const LEN: u64 = 6 << 20;
+    const AT: u64 = 0x10_0000_0000;
+    let region = SharedMemory::new(vm_memory::GuestAddress(AT), LEN).unwrap();
+    let driver = Driver::with_region(Some(Arc::new(region)));
+    let at = driver.capability(8);
+    assert_eq!(driver.read_config::<1>(at + 2), [24], "length");
+    assert_eq!(driver.read_config::<2>(at + 4), [2, 0], "BAR and id");
+    let half = |offset: usize| u64::from(u32::from_le_bytes(driver.read_config(at + offset)));
+    assert_eq!(half(8) | half(16) << 32, 0, "offset");
+    assert_eq!(half(12) | half(20) << 32, LEN);
+    let bar = || u64::from_le_bytes(driver.read_config(BAR0 + 8));
+    assert_eq!(bar(), AT | 0b1100);
+    // As Linux finds out its size.
+    driver.function.write_config(COMMAND, &[0, 0]);
+    driver.function.write_config(BAR0 + 8, &[0xff; 8]);
+    assert_eq!(bar(), !((8 << 20) - 1) | 0b1100);
+}
+
+#[test]
+fn a_device_without_a_region_has_no_second_bar() {
+    let driver = Driver::new();
+    driver.function.write_config(BAR0 + 8, &[0xff; 8]);
+    assert_eq!(driver.read_config::<8>(BAR0 + 8), [0; 8]);
 }
 
 #[test]

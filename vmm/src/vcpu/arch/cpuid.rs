@@ -96,6 +96,14 @@ pub(super) fn model(supported: &[CpuidEntry], vcpus: u8, deadline_timer: bool) -
     entries
 }
 
+/// Bits of physical addresses. Without the leaf it is the 36 that every processor with 64 bits has.
+pub(super) fn address_bits(supported: &[CpuidEntry]) -> u32 {
+    let sizes = supported
+        .iter()
+        .find(|entry| entry.function == EXTENDED_SIZES);
+    sizes.map_or(36, |entry| entry.eax & 0xff)
+}
+
 /// The entries for one vCPU: the shared ones with its APIC id, and the topology leaves.
 pub(super) fn for_vcpu(model: &[CpuidEntry], index: u8, vcpus: u8) -> Vec<CpuidEntry> {
     let id = u32::from(index);
@@ -175,6 +183,12 @@ mod tests {
             .iter()
             .find(|entry| entry.function == function && entry.index == index)
             .unwrap()
+    }
+
+    #[test]
+    fn the_processor_tells_how_many_bits_addresses_have() {
+        assert_eq!(address_bits(&host()), 0x30);
+        assert_eq!(address_bits(&[]), 36);
     }
 
     #[test]

@@ -40,6 +40,7 @@ pub(crate) struct CpuModel {
     /// The model-specific registers that make up the state of a vCPU.
     msrs: Vec<u32>,
     vcpus: u8,
+    address_bits: u32,
 }
 
 impl CpuModel {
@@ -57,7 +58,13 @@ impl CpuModel {
             cpuid: cpuid::model(supported.as_slice(), vcpus, deadline_timer),
             msrs: msrs.as_slice().to_vec(),
             vcpus,
+            address_bits: cpuid::address_bits(supported.as_slice()),
         })
+    }
+
+    /// Bits of the guest's physical addresses.
+    pub(crate) fn address_bits(&self) -> u32 {
+        self.address_bits
     }
 }
 

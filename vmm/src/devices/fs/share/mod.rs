@@ -13,6 +13,7 @@ mod node;
 mod open;
 mod requests;
 mod rights;
+mod window;
 
 use std::ffi::CStr;
 use std::fmt;
@@ -35,6 +36,7 @@ pub(in crate::devices) use node::MAX_NODES;
 use node::{Limits, MANY_NODES, Nodes, stat64_of};
 use open::{OpenFile, OpenFiles};
 use rights::{as_user, without_setgid_right};
+use window::Window;
 
 /// How long the guest may take names and attributes for valid without asking. The host may change the folder too; this
 /// is how stale the guest's view of that can be. virtiofsd's default.
@@ -65,16 +67,18 @@ const OPEN_FLAGS: OFlags = OFlags::RWMODE
 /// FOPEN_NOFLUSH: the guest need not say when a file is closed (FUSE_FLUSH), only when the last of its users has closed it.
 const NO_FLUSH: u32 = 1 << 5;
 
-/// The file systems of the host of which close(2) never fails (statfs(2)). The others' errors, of a quota on a server for
-/// example, the guest is to be told.
+/// The file systems of the host (statfs(2)) whose files nobody changes but by this kernel. So close(2) never fails, while
+/// others' errors, of a quota on a server for example, the guest is to be told; and their lengths can be followed.
 const SILENT: [i64; 6] = [
     0x0102_1994, // tmpfs
     0x2fc1_2fc1, // ZFS
     0x5846_5342, // XFS
-    0x794c_7630, // overlayfs
+    OVERLAYFS,
     0x9123_683e, // Btrfs
     0xef53,      // ext4
 ];
+
+const OVERLAYFS: i64 = 0x794c_7630;
 
 /// Where Linux has the ACLs that a folder's new files inherit.
 const DEFAULT_ACL: &CStr = c"system.posix_acl_default";
@@ -93,6 +97,8 @@ pub struct Share {
     writeback: AtomicBool,
     /// The abilities that the guest claimed at the last INIT, zero before it.
     capable: AtomicU64,
+    /// In which the guest has files mapped.
+    window: Option<Window>,
 }
 
 impl fmt::Debug for Share {
@@ -160,6 +166,7 @@ impl Share {
             offers_writeback: writeback && cache != CachePolicy::None,
             writeback: AtomicBool::new(false),
             capable: AtomicU64::new(0),
+            window: None,
         })
     }
 
@@ -194,13 +201,14 @@ impl Share {
     /// What the guest is told of `name` in `parent`, with a reference to it.
     fn entry(&self, parent: u64, name: &CStr, stat: &Statx) -> io::Result<Entry> {
         let inode = self.nodes.refer(parent, name, stat)?;
+        self.sized(inode, stat.stx_size);
         // Containers come and go below the root: a guest that asks for one that is gone forgets all that was in it.
         let lasts = parent != ROOT_ID && !self.knows_many();
         Ok(Entry {
             inode,
             generation: 0,
             attr: stat64_of(stat),
-            attr_flags: 0,
+            attr_flags: self.attr_flags(inode, stat),
             attr_timeout: self.timeout,
             entry_timeout: if lasts { self.timeout } else { Duration::ZERO },
         })
@@ -278,6 +286,12 @@ impl Share {
         } else {
             open()?
         };
+        if flags.intersects(OFlags::WRONLY | OFlags::RDWR | OFlags::TRUNC) {
+            self.opened_to_write(inode);
+            if flags.contains(OFlags::TRUNC) {
+                self.sized(inode, 0);
+            }
+        }
         Ok(self.opened(inode, file, anchor, flags))
     }
 

@@ -1,30 +1,40 @@
 //! What the library does not know of FUSE (include/uapi/linux/fuse.h of Linux 6.12): FUSE_COPY_FILE_RANGE, FUSE_SYNCFS,
-//! FUSE_TMPFILE and FUSE_STATX, and a flag of FUSE_INIT. A guest's kernel that is told ENOSYS does without, but then a copy
+//! FUSE_TMPFILE and FUSE_STATX, what FUSE_GETATTR and FUSE_CREATE tell of a DAX window, and two things of FUSE_INIT. A guest's kernel that is told ENOSYS does without, but then a copy
 //! goes through the guest, syncfs(2) makes nothing durable, and files without a name or times of birth are not to be had.
 
+use std::ffi::CStr;
 use std::io;
 use std::mem::offset_of;
 
 use fuse_backend_rs::abi::fuse_abi::{
-    CreateIn, EntryOut, InHeader, InitIn, InitIn2, InitOut, OpenOut, OutHeader,
+    Attr, AttrOut, CreateIn, EntryOut, GetattrIn, InHeader, InitIn, InitIn2, InitOut, OpenOut,
+    OutHeader,
 };
-use fuse_backend_rs::api::filesystem::{Context, FsOptions};
+use fuse_backend_rs::api::filesystem::{Context, FileSystem, FsOptions};
 use rustix::fs::{Mode, OFlags, Statx, StatxFlags, StatxTimestamp};
 use rustix::io::Errno;
 use vm_memory::ByteValued;
 
+use super::window::CHUNK;
 use super::{Share, as_user, mode_of, node, open_flags};
 use crate::config::CachePolicy;
 use crate::virtio::queue::{Readable, Writable};
 
+const GETATTR: u32 = 3;
 const INIT: u32 = 26;
+const CREATE: u32 = 35;
 const COPY_FILE_RANGE: u32 = 47;
 const SYNCFS: u32 = 50;
 const TMPFILE: u32 = 51;
+const SETUPMAPPING: u32 = 48;
+const REMOVEMAPPING: u32 = 49;
 const STATX: u32 = 52;
 
 /// Most bytes that one request copies: those after it wait meanwhile. Who copies goes on where this ends.
 const MAX_COPY: u64 = 16 << 20;
+
+/// Longest name.
+const MAX_NAME: usize = 255;
 
 /// FUSE_GETATTR_FH.
 const BY_HANDLE: u32 = 1;
@@ -32,8 +42,12 @@ const BY_HANDLE: u32 = 1;
 /// FUSE_DIRECT_IO_ALLOW_MMAP, as one of `flags2`: files of which the guest keeps nothing can have shared mappings.
 const DIRECT_IO_ALLOW_MMAP: u32 = 1 << (36 - 32);
 
-/// Where `flags2` stands in an answer to FUSE_INIT, behind its header.
-const FLAGS2: usize = size_of::<OutHeader>() + offset_of!(InitOut, flags2);
+/// FUSE_HAS_INODE_DAX, as one of `flags2`: which files are accessed by the DAX window is told file by file.
+const HAS_INODE_DAX: u32 = 1 << (33 - 32);
+
+/// Where `map_alignment` stands in an answer to FUSE_INIT, behind its header, and `flags2` behind it.
+const MAP_ALIGNMENT: usize = size_of::<OutHeader>() + offset_of!(InitOut, map_alignment);
+const _: () = assert!(offset_of!(InitOut, map_alignment) + 2 == offset_of!(InitOut, flags2));
 
 /// fuse_copy_file_range_in.
 #[derive(Debug, Default, Clone, Copy)]
@@ -64,15 +78,19 @@ unsafe impl ByteValued for CopyFileRangeIn {}
 // SAFETY: as above.
 unsafe impl ByteValued for StatxIn {}
 
-/// Flags that the library's answer to FUSE_INIT is to have as well. It sets none of this half itself.
-pub(in crate::devices::fs) struct Agreed(u32);
+/// What the library's answer to FUSE_INIT is to have as well. It sets none of these fields itself.
+pub(in crate::devices::fs) struct Agreed {
+    flags2: u32,
+    map_alignment: u16,
+}
 
 impl Agreed {
     /// Adds the flags to the library's answer, of `written` bytes, in `room`, unless that is a refusal.
     pub(in crate::devices::fs) fn add_to(&self, room: &mut Writable<'_>, written: usize) {
         if written >= size_of::<OutHeader>() + size_of::<InitOut>() {
-            room.take(FLAGS2);
-            room.write(&self.0.to_le_bytes());
+            room.take(MAP_ALIGNMENT);
+            room.write(&self.map_alignment.to_le_bytes());
+            room.write(&self.flags2.to_le_bytes());
         }
     }
 }
@@ -90,6 +108,16 @@ impl Share {
             SYNCFS => self.sync_fs(header.nodeid).map(|()| Vec::new()),
             // A name follows, which is nobody's.
             TMPFILE => read(body).and_then(|asked| self.make_unnamed(&ctx, header.nodeid, &asked)),
+            GETATTR if self.window.is_some() => {
+                read(body).and_then(|asked| self.get_attr(header.nodeid, &asked))
+            }
+            CREATE if self.window.is_some() => {
+                read(body).and_then(|asked| self.make_file(&ctx, header.nodeid, asked, body))
+            }
+            SETUPMAPPING => read(body)
+                .and_then(|asked| self.set_up_mapping(header.nodeid, &asked))
+                .map(|()| Vec::new()),
+            REMOVEMAPPING => self.remove_mappings(body).map(|()| Vec::new()),
             STATX => read(body).and_then(|asked| self.statx(header.nodeid, &asked)),
             _ => return None,
         })
@@ -101,15 +129,64 @@ impl Share {
         header: &InHeader,
         body: &mut Readable<'_>,
     ) -> Option<Agreed> {
-        if header.opcode != INIT || self.cache() != CachePolicy::None {
+        if header.opcode != INIT {
             return None;
+        }
+        let mut known = 0;
+        if self.cache() == CachePolicy::None {
+            known |= DIRECT_IO_ALLOW_MMAP;
+        }
+        if self.window.is_some() {
+            known |= HAS_INODE_DAX;
         }
         let offered: InitIn = body.read_obj()?;
-        if u64::from(offered.flags) & FsOptions::INIT_EXT.bits() == 0 {
-            return None;
-        }
-        let more: InitIn2 = body.read_obj()?;
-        Some(Agreed(more.flags2 & DIRECT_IO_ALLOW_MMAP)).filter(|agreed| agreed.0 != 0)
+        let more = if u64::from(offered.flags) & FsOptions::INIT_EXT.bits() == 0 {
+            0
+        } else {
+            body.read_obj::<InitIn2>()?.flags2
+        };
+        let agreed = Agreed {
+            flags2: more & known,
+            map_alignment: if self.window.is_some() {
+                u16::try_from(CHUNK.ilog2()).expect("a few bits")
+            } else {
+                0
+            },
+        };
+        Some(agreed).filter(|agreed| agreed.flags2 != 0 || agreed.map_alignment != 0)
+    }
+
+    fn get_attr(&self, inode: u64, asked: &GetattrIn) -> io::Result<Vec<u8>> {
+        let handle = (asked.flags & BY_HANDLE != 0).then_some(asked.fh);
+        let stat = self.stat(inode, handle)?;
+        self.sized(inode, stat.stx_size);
+        let answer = AttrOut {
+            attr_valid: self.timeout.as_secs(),
+            attr_valid_nsec: self.timeout.subsec_nanos(),
+            dummy: 0,
+            attr: Attr::with_flags(node::stat64_of(&stat), self.attr_flags(inode, &stat)),
+        };
+        Ok(answer.as_slice().to_vec())
+    }
+
+    /// Makes a file, or opens one that is there; what is left of `body` is its name.
+    fn make_file(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        asked: CreateIn,
+        body: &mut Readable<'_>,
+    ) -> io::Result<Vec<u8>> {
+        let mut name = vec![0; body.len().min(MAX_NAME + 2)];
+        body.read(&mut name);
+        let name = CStr::from_bytes_until_nul(&name).or(Err(Errno::NAMETOOLONG))?;
+        let (entry, handle, options, _) = self.create(ctx, parent, name, asked)?;
+        let open = OpenOut {
+            fh: handle.expect("each has one"),
+            open_flags: options.bits(),
+            ..OpenOut::default()
+        };
+        Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
     }
 
     fn copy_range(&self, inode: u64, asked: &CopyFileRangeIn) -> io::Result<Vec<u8>> {
@@ -129,6 +206,7 @@ impl Share {
             Some(&mut write_at),
             len,
         )?;
+        self.written(asked.nodeid_out, write_at);
         let copied = u32::try_from(copied).expect("no more than was asked for");
         // fuse_write_out.
         Ok([copied.to_le_bytes(), [0; 4]].concat())
@@ -167,6 +245,7 @@ impl Share {
     fn statx(&self, inode: u64, asked: &StatxIn) -> io::Result<Vec<u8>> {
         let handle = (asked.getattr_flags & BY_HANDLE != 0).then_some(asked.fh);
         let stat = self.stat(inode, handle)?;
+        self.sized(inode, stat.stx_size);
         // fuse_statx_out: how long it is valid, flags, and room to spare.
         let mut answer = Vec::with_capacity(288);
         answer.extend(self.timeout.as_secs().to_le_bytes());

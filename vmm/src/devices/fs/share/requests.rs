@@ -102,14 +102,21 @@ impl FileSystem for Share {
         self.capable.store(capable.bits(), Ordering::Relaxed);
         let writeback = self.offers_writeback && capable.contains(FsOptions::WRITEBACK_CACHE);
         self.writeback.store(writeback, Ordering::Relaxed);
-        Ok(if writeback {
-            OPTIONS | FsOptions::WRITEBACK_CACHE
-        } else {
-            OPTIONS
-        })
+        let mut options = OPTIONS;
+        if writeback {
+            options |= FsOptions::WRITEBACK_CACHE;
+        }
+        if self.window.is_some() {
+            // With what `agree` adds.
+            options |= FsOptions::MAP_ALIGNMENT;
+        }
+        Ok(options)
     }
 
     fn destroy(&self) {
+        if let Some(window) = &self.window {
+            window.reset();
+        }
         self.open.clear();
         if let Err(err) = self.nodes.reset() {
             log::warn!("the root of a shared folder is out of reach: {err}");
@@ -144,6 +151,7 @@ impl FileSystem for Share {
         handle: Option<u64>,
     ) -> io::Result<(stat64, Duration)> {
         let stat = self.stat(inode, handle)?;
+        self.sized(inode, stat.stx_size);
         Ok((stat64_of(&stat), self.timeout))
     }
 
@@ -170,6 +178,7 @@ impl FileSystem for Share {
         }
         if valid.contains(SetattrValid::SIZE) {
             let size = u64::try_from(attr.st_size).or(Err(Errno::INVAL))?;
+            self.about_to_grow(inode, size)?;
             let truncate = || -> io::Result<()> {
                 if let Some(handle) = handle {
                     let file = self.open.get(handle, inode)?;
@@ -184,6 +193,7 @@ impl FileSystem for Share {
             } else {
                 truncate()?;
             }
+            self.opened_to_write(inode);
         }
         if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
             let times = times(&attr, valid);
@@ -384,11 +394,15 @@ impl FileSystem for Share {
             && !delayed_write
             && !self.writeback.load(Ordering::Relaxed);
         let _as_wanted = file.appending(append)?;
+        self.about_to_grow(inode, offset)?;
         let mut write = || r.read_to(&mut *file.borrowed(), size, offset);
-        if fuse_flags & WRITE_KILL_PRIV != 0 && has_bits_to_lose(file.file())? {
-            return without_setgid_right(write);
-        }
-        write()
+        let written = if fuse_flags & WRITE_KILL_PRIV != 0 && has_bits_to_lose(file.file())? {
+            without_setgid_right(write)?
+        } else {
+            write()?
+        };
+        self.written(inode, offset.saturating_add(written as u64));
+        Ok(written)
     }
 
     fn flush(&self, _ctx: &Context, inode: u64, handle: u64, _lock_owner: u64) -> io::Result<()> {
@@ -436,7 +450,11 @@ impl FileSystem for Share {
     ) -> io::Result<()> {
         let file = self.open.get(handle, inode)?;
         let mode = FallocateFlags::from_bits(mode).ok_or(Errno::OPNOTSUPP)?;
-        Ok(rustix::fs::fallocate(file.file(), mode, offset, length)?)
+        rustix::fs::fallocate(file.file(), mode, offset, length)?;
+        if !mode.contains(FallocateFlags::KEEP_SIZE) {
+            self.written(inode, offset.saturating_add(length));
+        }
+        Ok(())
     }
 
     fn lseek(
