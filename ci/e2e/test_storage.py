@@ -123,6 +123,57 @@ class Storage(Case):
             shell.type("cat /share/file\n")
             shell.expect(rf"/file\s+{content}")
 
+    def test_a_dax_window(self):
+        self.write("first")
+        # Without the window, the guest would not look for a day whether a file has changed.
+        shell = self.shell_with('cache = "always"', "dax_window_mib = 64")
+        shell.type("cat /share/file\n")
+        shell.expect(r"/file\s+first")
+        with open(f"{self.share}/file", "r+", encoding="ascii") as file:
+            file.write("other")
+        shell.type("cat /share/file\n")
+        shell.expect(r"/file\s+other")
+        shell.type("echo -n gue | dd of=/share/file conv=notrunc 2>/dev/null; echo writ''ten\n")
+        shell.expect("written")
+        with open(f"{self.share}/file", encoding="ascii") as file:
+            self.assertEqual(file.read(), "gueer")
+        # Of a root file system of layers, what was read of the lower one is replaced. More than the window has room for.
+        shell.type("cat /etc/passwd >/dev/null; echo more >>/etc/passwd; tail -n 1 /etc/passwd\n")
+        shell.expect(r"\smore\s")
+        shell.type("cp /bin/busybox /bin/busybox-copy; /bin/busybox-copy echo it wor''ks\n")
+        shell.expect("it works")
+        shell.type("dd if=/dev/urandom of=/large bs=1M count=80 2>/dev/null; cmp /large /large && echo eq''ual\n")
+        shell.expect("equal")
+        os.truncate(f"{self.share}/file", 0)
+        shell.type("cat /share/file | wc -c; echo anew >/share/file; echo don''e\n")
+        shell.expect("done")
+        with open(f"{self.share}/file", encoding="ascii") as file:
+            self.assertEqual(file.read(), "anew\n")
+
+    def test_a_full_disk_behind_a_dax_window(self):
+        self.mount_disk(self.share, "16M")
+        task = self.start(options=self.mount_with("dax_window_mib = 16"))
+        # In place, into a hole: no request of the guest's is a write.
+        full = task.exec("sh", "-c", "truncate -s 64M /share/file; dd if=/dev/zero of=/share/file bs=1M conv=notrunc", code=1)
+        self.assertIn("No space left on device", full.err)
+        task.exec("sh", "-c", "rm /share/file && echo room >/share/small", code=0)
+
+    def test_a_dax_window_without_inotify(self):
+        options = self.mount_with("dax_window_mib = 16")
+        limit = "/proc/sys/fs/inotify/max_user_instances"
+        with open(limit, encoding="ascii") as file:
+            before = file.read()
+
+        def allow(instances):
+            with open(limit, "w", encoding="ascii") as file:
+                file.write(instances)
+
+        self.addCleanup(allow, before)
+        allow("0")
+        refused = self.run_container("true", options=options)
+        self.assertNotEqual(refused.code, 0)
+        self.assertIn("raise fs.inotify.max_user_instances", refused.err)
+
     def test_files_by_9p(self):
         self.write("first")
         task = self.start(options=self.mount_with('sharing = "9p"'))
