@@ -184,6 +184,16 @@ pub enum ConfigError {
         /// The tag.
         tag: String,
     },
+    /// What the guest's kernel keeps of each page of a DAX window would leave it too little memory.
+    #[error(
+        "a DAX window of {dax_window_mib} MiB takes a sixty-fourth of its size from the VM's memory, which is more than a quarter of {memory_mib} MiB: make it smaller"
+    )]
+    WindowSize {
+        /// What was asked for.
+        dax_window_mib: u32,
+        /// At the start.
+        memory_mib: u32,
+    },
     /// A serial does not fit the virtio-blk device, or is used twice.
     #[error(
         "the serial {serial:?} of a disk must be 1 to 20 bytes of ASCII, and unlike the others"
@@ -253,6 +263,8 @@ const MAX_MEMORY_MIB: u32 = 8 << 20;
 const MAX_TAG_LEN: usize = 36;
 /// Longest serial (virtio 1.3, 5.2.6).
 const MAX_SERIAL_LEN: usize = 20;
+/// Linux keeps 64 bytes for each page of 4 KiB, of a DAX window as well.
+const PAGES_PER_DESCRIPTOR: u32 = 64;
 /// What every VM has: kernel, initramfs, console.
 const COMMON_FILES: usize = 3;
 /// Smallest MTU (virtio 1.3, 5.1.4.1).
@@ -384,9 +396,17 @@ impl VmConfig {
             });
         }
         let mut tags = BTreeSet::new();
-        for ShareConfig { tag, .. } in &self.shares {
+        for ShareConfig { tag, protocol, .. } in &self.shares {
             if tag.is_empty() || tag.len() > MAX_TAG_LEN || !tags.insert(tag) {
                 return Err(ConfigError::ShareTag { tag: tag.clone() });
+            }
+            if let ShareProtocol::Fuse { dax_window_mib, .. } = *protocol
+                && dax_window_mib / PAGES_PER_DESCRIPTOR > self.memory_mib / 4
+            {
+                return Err(ConfigError::WindowSize {
+                    dax_window_mib,
+                    memory_mib: self.memory_mib,
+                });
             }
         }
         let mut serials = BTreeSet::new();
@@ -456,6 +476,33 @@ mod tests {
         assert!(after(|c| c.max_memory_mib = u32::MAX).is_err());
         assert!(after(|c| c.guest_cid = 2).is_err());
         assert!(after(|c| c.guest_cid = u32::MAX).is_err());
+    }
+
+    #[test]
+    fn a_window_leaves_the_guest_most_of_its_memory() {
+        let with = |dax_window_mib| {
+            after(|c| {
+                c.shares = vec![ShareConfig {
+                    tag: "a".to_owned(),
+                    path: "/".into(),
+                    cache: CachePolicy::Auto,
+                    protocol: ShareProtocol::Fuse {
+                        writeback: false,
+                        dax_window_mib,
+                    },
+                }];
+            })
+        };
+        assert!(with(0).is_ok());
+        assert!(with(8192).is_ok());
+        assert_eq!(
+            with(8320),
+            Err(ConfigError::WindowSize {
+                dax_window_mib: 8320,
+                memory_mib: 512
+            })
+        );
+        assert!(with(u32::MAX).is_err());
     }
 
     #[test]
