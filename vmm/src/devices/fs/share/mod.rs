@@ -209,7 +209,7 @@ impl Share {
             generation: 0,
             attr: stat64_of(stat),
             attr_flags: self.attr_flags(inode, stat),
-            attr_timeout: self.timeout,
+            attr_timeout: self.attr_timeout(stat),
             entry_timeout: if lasts { self.timeout } else { Duration::ZERO },
         })
     }

@@ -160,9 +160,10 @@ impl Share {
         let handle = (asked.flags & BY_HANDLE != 0).then_some(asked.fh);
         let stat = self.stat(inode, handle)?;
         self.sized(inode, stat.stx_size);
+        let timeout = self.attr_timeout(&stat);
         let answer = AttrOut {
-            attr_valid: self.timeout.as_secs(),
-            attr_valid_nsec: self.timeout.subsec_nanos(),
+            attr_valid: timeout.as_secs(),
+            attr_valid_nsec: timeout.subsec_nanos(),
             dummy: 0,
             attr: Attr::with_flags(node::stat64_of(&stat), self.attr_flags(inode, &stat)),
         };
@@ -248,8 +249,9 @@ impl Share {
         self.sized(inode, stat.stx_size);
         // fuse_statx_out: how long it is valid, flags, and room to spare.
         let mut answer = Vec::with_capacity(288);
-        answer.extend(self.timeout.as_secs().to_le_bytes());
-        answer.extend(self.timeout.subsec_nanos().to_le_bytes());
+        let timeout = self.attr_timeout(&stat);
+        answer.extend(timeout.as_secs().to_le_bytes());
+        answer.extend(timeout.subsec_nanos().to_le_bytes());
         answer.extend([0; 20]);
         append_statx(&mut answer, &stat);
         Ok(answer)

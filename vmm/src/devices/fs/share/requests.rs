@@ -152,7 +152,7 @@ impl FileSystem for Share {
     ) -> io::Result<(stat64, Duration)> {
         let stat = self.stat(inode, handle)?;
         self.sized(inode, stat.stx_size);
-        Ok((stat64_of(&stat), self.timeout))
+        Ok((stat64_of(&stat), self.attr_timeout(&stat)))
     }
 
     fn setattr(
@@ -312,12 +312,13 @@ impl FileSystem for Share {
 
     fn open(
         &self,
-        _ctx: &Context,
+        ctx: &Context,
         inode: u64,
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
         let kills = fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
+        self.take_bits(ctx, inode, open_flags(flags))?;
         let opened = self.open_node(inode, open_flags(flags), kills)?;
         Ok((Some(opened.handle), opened.options, None))
     }
@@ -351,7 +352,8 @@ impl FileSystem for Share {
                 .map(|anchor| self.opened(entry.inode, file.into(), anchor, flags)),
             Err(_) => {
                 let kills = args.fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
-                self.open_node(entry.inode, flags, kills)
+                self.take_bits(ctx, entry.inode, flags)
+                    .and_then(|()| self.open_node(entry.inode, flags, kills))
             }
         };
         let opened = opened.inspect_err(|_| self.nodes.forget(entry.inode, 1))?;

@@ -18,10 +18,13 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use fuse_backend_rs::api::filesystem::Context;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
-use rustix::fs::{FallocateFlags, OFlags, SeekFrom, Statx};
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, SeekFrom, Statx};
 use rustix::io::Errno;
+use rustix::path::DecInt;
 use vm_memory::ByteValued;
 
 use super::{OVERLAYFS, SILENT, Share, node, path_of};
@@ -373,8 +376,7 @@ impl Share {
             return 0;
         };
         // What somebody writes takes the bits away where it comes by a request.
-        let privileged = u32::from(stat.stx_mode) & (libc::S_ISUID | libc::S_ISGID) != 0;
-        if u32::from(stat.stx_mode) & libc::S_IFMT != libc::S_IFREG || privileged {
+        if u32::from(stat.stx_mode) & libc::S_IFMT != libc::S_IFREG || has_bits(stat) {
             return 0;
         }
         let key = (stat.stx_mnt_id, stat.stx_dev_major, stat.stx_dev_minor);
@@ -391,6 +393,43 @@ impl Share {
             suits
         });
         if suits { ATTR_DAX } else { 0 }
+    }
+
+    /// How long what the guest is told of a file is valid.
+    pub(super) fn attr_timeout(&self, stat: &Statx) -> Duration {
+        // The bits may go at any open.
+        if self.window.is_some() && has_bits(stat) {
+            Duration::ZERO
+        } else {
+            self.timeout
+        }
+    }
+
+    /// A user has opened a file to write to it, and may do so without a request that says so: setuid and setgid bits go now.
+    /// The guest is told not to map such files, but may do so already.
+    pub(super) fn take_bits(&self, ctx: &Context, inode: u64, flags: OFlags) -> io::Result<()> {
+        let writes = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
+        if self.window.is_none() || ctx.uid == 0 || !writes {
+            return Ok(());
+        }
+        let file = self.nodes.descriptor(inode)?;
+        let stat = node::stat(&*file, c"")?;
+        let mode = u32::from(stat.stx_mode);
+        let mut kept = mode & !libc::S_ISUID;
+        if mode & libc::S_IXGRP != 0 {
+            kept &= !libc::S_ISGID;
+        }
+        if kept == mode || mode & libc::S_IFMT != libc::S_IFREG {
+            return Ok(());
+        }
+        let name = DecInt::from_fd(&*file);
+        let mode = Mode::from_raw_mode(kept & 0o7777);
+        Ok(rustix::fs::chmodat(
+            &self.descriptors,
+            name,
+            mode,
+            AtFlags::empty(),
+        )?)
     }
 
     /// The guest is told that a file has `size` bytes, or has made it so long: it may touch them from now on.
@@ -629,6 +668,11 @@ fn pieces_of(window: &Window, start: u64, len: u64) -> io::Result<std::ops::Rang
     }
     let index = |at: u64| usize::try_from(at / CHUNK).map_err(|_| Errno::INVAL);
     Ok(index(start)?..index(end)?)
+}
+
+/// Whether it is setuid or setgid.
+fn has_bits(stat: &Statx) -> bool {
+    u32::from(stat.stx_mode) & (libc::S_ISUID | libc::S_ISGID) != 0
 }
 
 fn complain(done: io::Result<()>) {

@@ -152,6 +152,29 @@ fn guest_is_told_which_files_it_may_map() {
 }
 
 #[test]
+fn a_user_who_may_write_without_a_request_takes_the_setuid_bit_away() {
+    let (mut guest, _window) = Guest::windowed();
+    let node = guest.file("file", 1);
+    let set = |guest: &Guest, mode| {
+        fs::set_permissions(guest.path("file"), fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let mode = |guest: &Guest| fs::metadata(guest.path("file")).unwrap().mode() & 0o7777;
+    set(&guest, 0o6777);
+    guest.open(node, FLAGS).unwrap();
+    assert_eq!(mode(&guest), 0o6777, "root");
+    assert_eq!(guest.attributes(node).attr_valid, 0);
+    guest.uid = 1000;
+    guest.open(node, libc::O_RDONLY).unwrap();
+    assert_eq!(mode(&guest), 0o6777);
+    guest.open(node, libc::O_WRONLY).unwrap();
+    assert_eq!(mode(&guest), 0o777);
+    assert_eq!(guest.attributes(node).attr_valid, 1);
+    set(&guest, 0o6767);
+    guest.create(ROOT_ID, "file", FLAGS).unwrap();
+    assert_eq!(mode(&guest), 0o2767, "mandatory locking, not setgid");
+}
+
+#[test]
 fn files_that_do_not_say_when_they_change_are_not_mapped() {
     let window = Arc::new(SharedMemory::new(GuestAddress(1 << 36), CHUNK).unwrap());
     let mut share = Share::new(Path::new("/proc"), CachePolicy::Auto, false).unwrap();
