@@ -6,23 +6,27 @@
 )]
 
 use std::fs::{self, File, OpenOptions};
+use std::io::Read;
+use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use husk_vmm::config::{CachePolicy, DiskConfig, ShareConfig, ShareProtocol};
+use husk_vmm::config::{CachePolicy, DiskConfig, NicConfig, ShareConfig, ShareProtocol};
 use husk_vmm::control::ExitReason;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::support::{self, Guest, Running};
+use crate::support::{self, Guest, Running, net};
 
 /// What the guests run, step by step as they are told by their arguments.
 const PROGRAM: &str = r#"
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 static void must(int ok, const char *what)
@@ -70,6 +74,20 @@ static void buffers(const char *path, const char *other, const char *disk)
     puts("HUSK moved");
 }
 
+/* What the network sends is a mapped file, without a copy of it. */
+static void deliver(const char *path, const char *address)
+{
+    volatile char *at = map(path, 8192);
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(5000), .sin_addr.s_addr = inet_addr(address)};
+    int fd = socket(AF_INET, SOCK_STREAM, 0), one = 1;
+    must(setsockopt(fd, SOL_SOCKET, SO_ZEROCOPY, &one, sizeof one) == 0, "SO_ZEROCOPY");
+    must(connect(fd, (struct sockaddr *)&to, sizeof to) == 0, "connect");
+    must(send(fd, (char *)at, 8192, MSG_ZEROCOPY) == 8192, "send");
+    shutdown(fd, SHUT_WR);
+    while (read(fd, &one, 1) > 0)
+        ;
+}
+
 /* The host takes the file away under it. */
 static void touch(const char *path, const char *other)
 {
@@ -98,14 +116,16 @@ int main(int argc, char **argv)
         share(argv[2]);
     if (!strcmp(argv[1], "buffers"))
         buffers(argv[2], argv[3], argv[4]);
+    if (!strcmp(argv[1], "deliver"))
+        deliver(argv[2], argv[3]);
     if (!strcmp(argv[1], "touch"))
         touch(argv[2], argv[3]);
     return 0;
 }
 "#;
 
-/// A guest that shares `folder`, with a window of 16 MiB, and has the program as /bin/probe.
-fn start(folder: &Path, script: &str, disk: Option<&File>) -> Running {
+/// A guest that shares `folder`, with a window of 16 MiB.
+fn guest(folder: &Path, script: &str) -> Guest {
     let script = format!("mount -t virtiofs husk /mnt\n{script}\necho HUSK END; poweroff -f\n");
     let mut guest = Guest::new(&script);
     guest.config.shares = vec![ShareConfig {
@@ -117,13 +137,11 @@ fn start(folder: &Path, script: &str, disk: Option<&File>) -> Running {
             dax_window_mib: 16,
         },
     }];
-    if let Some(disk) = disk {
-        guest.disks = vec![disk.try_clone().unwrap()];
-        guest.config.disks = vec![DiskConfig {
-            serial: "data".to_owned(),
-            read_only: false,
-        }];
-    }
+    guest
+}
+
+/// Starts it, with the program as /bin/probe.
+fn start(guest: Guest) -> Running {
     let program = support::compile(PROGRAM);
     let initramfs = support::initramfs_with(&guest.init, &[("bin/probe", &program)]);
     guest.start_with(initramfs)
@@ -156,11 +174,16 @@ fn a_mapped_file_is_the_hosts_and_a_buffer_like_any_other() {
     let path = folder.path().join("shared");
     fs::write(&path, [b'a'; 8192]).unwrap();
     let disk = support::file_of(&[b'd'; 1 << 20]);
-    let running = start(
+    let mut guest = guest(
         folder.path(),
         "probe share /mnt/shared; probe buffers /mnt/shared /mnt/other /dev/vda",
-        Some(&disk),
     );
+    guest.disks = vec![disk.try_clone().unwrap()];
+    guest.config.disks = vec![DiskConfig {
+        serial: "data".to_owned(),
+        read_only: false,
+    }];
+    let running = start(guest);
     running.console.wait_for("HUSK wrote\n");
     let file = open(&path);
     let byte = |at| {
@@ -188,12 +211,44 @@ fn a_mapped_file_is_the_hosts_and_a_buffer_like_any_other() {
 }
 
 #[test]
+fn a_mapped_file_is_sent_as_it_is() {
+    support::require_kvm!();
+    for vhost in [false, true] {
+        net::in_own_network(move || {
+            let folder = tempfile::tempdir().unwrap();
+            fs::write(folder.path().join("shared"), [b'a'; 8192]).unwrap();
+            let nic = NicConfig {
+                mac: [2, 0, 0, 0, 0, 0x11],
+                mtu: 1500,
+                queue_pairs: 1,
+                vhost,
+            };
+            let mut guest = guest(
+                folder.path(),
+                "ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up; probe deliver /mnt/shared 10.9.0.1",
+            );
+            guest.nics = vec![net::open("tap0", "10.9.0.1/24", &nic)];
+            guest.config.nics = vec![nic];
+            let port = TcpListener::bind(("10.9.0.1", 5000)).unwrap();
+            let running = start(guest);
+            let (mut stream, _) = port.accept().unwrap();
+            let mut got = Vec::new();
+            stream.read_to_end(&mut got).unwrap();
+            assert!(got == [b'a'; 8192], "{} bytes came", got.len());
+            drop(stream);
+            running.console.wait_for("HUSK END\n");
+            assert_passed(running);
+        });
+    }
+}
+
+#[test]
 fn what_the_host_cuts_off_hurts_nobody_else() {
     support::require_kvm!();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("file");
     fs::write(&path, vec![b'a'; 5 << 20]).unwrap();
-    let running = start(folder.path(), "probe touch /mnt/file /mnt/other", None);
+    let running = start(guest(folder.path(), "probe touch /mnt/file /mnt/other"));
     running.console.wait_for("HUSK touches\n");
     let file = open(&path);
     file.set_len(0).unwrap();
@@ -212,13 +267,12 @@ fn a_window_that_is_too_small_for_all_is_shared() {
     // Three times the window.
     let content: Vec<u8> = (0..12_u32 << 20).flat_map(u32::to_le_bytes).collect();
     fs::write(folder.path().join("large"), &content).unwrap();
-    let running = start(
+    let running = start(guest(
         folder.path(),
         "cmp /mnt/large /mnt/large || echo HUSK FAIL read\n\
          cp /mnt/large /mnt/copy || echo HUSK FAIL copy\n\
          echo -n over | dd of=/mnt/copy bs=1 seek=30000000 conv=notrunc 2>/dev/null || echo HUSK FAIL write",
-        None,
-    );
+    ));
     running.console.wait_for("HUSK END\n");
     assert_passed(running);
     let copy = fs::read(folder.path().join("copy")).unwrap();
@@ -282,7 +336,7 @@ fn a_file_of_a_lower_layer_is_followed_to_the_upper_one() {
     support::require_kvm!();
     let overlay = Overlay::new();
     let merged = overlay.0.path().join("merged");
-    let running = start(
+    let running = start(guest(
         &merged,
         "exec 3</mnt/file; is() { [ \"$2\" = \"$3\" ] || echo HUSK FAIL $1: $2; }\n\
          is before $(md5sum < /mnt/file | cut -c1-6) 36a92c\n\
@@ -292,8 +346,7 @@ fn a_file_of_a_lower_layer_is_followed_to_the_upper_one() {
          is written $(tail -c 5 /mnt/file) bmore\n\
          is other $(head -c 1 /mnt/other) a; echo HUSK has read\n\
          until [ $(head -c 1 /mnt/other) = z ]; do :; done",
-        None,
-    );
+    ));
     running.console.wait_for("HUSK has read\n");
     // As long as it was, and the host's own work.
     open(&merged.join("other")).write_all_at(b"z", 0).unwrap();
