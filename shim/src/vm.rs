@@ -172,6 +172,7 @@ impl Vm {
                 path: share.to_owned(),
                 cache: cache_policy(storage),
                 protocol: protocol(storage),
+                watch: None,
             }],
             disks: Vec::new(),
             nics: network.nics(),
@@ -547,6 +548,8 @@ impl Watcher {
         while let Some(event) = self.events.recv().await {
             match event {
                 Event::Ready => drop(self.ready.send_replace(true)),
+                // Nothing is watched.
+                Event::FilesChanged => {}
                 Event::Exited(reason) => exit = Some(reason),
             }
         }

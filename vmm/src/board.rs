@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
 use crate::bus::Buses;
+use crate::changes::Changes;
 use crate::config::{DeviceConfig, ShareConfig, ShareProtocol, VmConfig};
 use crate::devices::balloon::BalloonDevice;
 use crate::devices::console::ConsoleDevice;
@@ -35,6 +36,7 @@ use crate::platform::hotplug::{HotplugRegisters, HotplugState};
 use crate::platform::power::PowerRegisters;
 use crate::platform::pvpanic::PanicNotifier;
 use crate::platform::serial::{SerialPort, SerialState};
+use crate::vcpu::VcpuSetup;
 use crate::virtio::SharedMemory;
 use crate::virtio::worker::ThreadSetup;
 use crate::vmm::NicFiles;
@@ -62,6 +64,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) end: &'a Arc<End>,
     /// Confines the thread of a device.
     pub(crate) setup: ThreadSetup,
+    /// Confines the thread that watches a shared folder.
+    pub(crate) watch_setup: VcpuSetup,
 }
 
 /// The state of all devices. The panic notifier and the power registers have none.
@@ -91,6 +95,7 @@ pub(crate) struct Board {
     mem: Option<MemHandle>,
     slots: Arc<Slots>,
     vsock: VsockHandle,
+    changes: Arc<Changes>,
 }
 
 impl fmt::Debug for Board {
@@ -121,7 +126,8 @@ impl Board {
             max_vcpus: parts.config.max_vcpus,
         };
         let slots = Slots::new(site, hotplug.interrupt()?);
-        let (vsock, mem) = add_virtio_devices(&slots, parts, on_ready)?;
+        let changes = Arc::default();
+        let (vsock, mem) = add_virtio_devices(&slots, parts, &changes, on_ready)?;
         buses.ports.attach(SLOT_PORTS, slots.registers.clone())?;
         buses.mmio.attach(
             ECAM_BASE..ECAM_BASE + ECAM_SIZE,
@@ -138,7 +144,13 @@ impl Board {
             mem,
             slots: Arc::new(slots),
             vsock,
+            changes,
         })
+    }
+
+    /// What others have changed in the shared folder that is watched.
+    pub(crate) fn changes(&self) -> &Changes {
+        &self.changes
     }
 
     /// Where devices come and go.
@@ -247,6 +259,7 @@ fn make_share(
     window: Option<Arc<SharedMemory>>,
     vcpus: u8,
     setup: ThreadSetup,
+    watch: (VcpuSetup, &Arc<Changes>),
 ) -> Result<Made, Error> {
     let name = format!("file system ({})", share.tag);
     let tag = Tag::try_from(share.tag.clone()).map_err(|err| broken(&name, err))?;
@@ -267,8 +280,13 @@ fn make_share(
     }
     Ok(match share.protocol {
         ShareProtocol::Fuse { .. } => {
-            let fs =
+            let mut fs =
                 FsDevice::new(tag, exported, vcpus, setup).map_err(|err| broken(&name, err))?;
+            if let Some(config) = &share.watch {
+                let (setup, changes) = watch;
+                fs.watch(config.clone(), Arc::clone(changes), setup)
+                    .map_err(|err| broken(&name, err))?;
+            }
             let metrics = fs.metrics();
             Made::new(fs, move |into| metrics.collect(&label, into))
         }
@@ -284,11 +302,13 @@ fn make_share(
 fn add_virtio_devices(
     slots: &Slots,
     parts: Parts<'_>,
+    changes: &Arc<Changes>,
     on_ready: impl FnOnce() + Send + 'static,
 ) -> Result<(VsockHandle, Option<MemHandle>), Error> {
     let Parts {
         config,
         setup,
+        watch_setup,
         pluggable,
         windows,
         ..
@@ -312,7 +332,8 @@ fn add_virtio_devices(
     slots.add(Made::new(vsock, move |into| metrics.collect(into)))?;
 
     for (share, window) in config.shares.iter().zip(windows) {
-        slots.add(make_share(share, window, config.max_vcpus, setup)?)?;
+        let watch = (watch_setup, changes);
+        slots.add(make_share(share, window, config.max_vcpus, setup, watch)?)?;
     }
 
     for (disk, file) in config.disks.iter().zip(parts.disks) {

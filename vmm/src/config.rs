@@ -50,6 +50,41 @@ pub struct ShareConfig {
     pub cache: CachePolicy,
     /// By which device.
     pub protocol: ShareProtocol,
+    /// What of it is watched, so that the guest can be told what others change. With FUSE only, and of one share at most.
+    pub watch: Option<WatchConfig>,
+}
+
+/// What is watched of a shared folder, and how the guest's kernel is told of changes.
+///
+/// The worker tells of changes ([`crate::control::Event::FilesChanged`]). Whoever is to raise their events in the guest does
+/// the same once more there, on a mount of the share, as root with one of these file system group ids, and nothing is
+/// done: the request is answered as if it had been. Requests of these groups never change anything.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WatchConfig {
+    /// The names in the folder's root that begin so are watched, with all that is below.
+    pub prefix: String,
+    /// The groups.
+    pub gids: NoticeGids,
+}
+
+/// The group of each kind of change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NoticeGids {
+    /// A file's content or attributes: set its times, or open it for writing.
+    pub changed: u32,
+    /// A name that there was not: make what is there.
+    pub created: u32,
+    /// A name that is no more, of anything but a folder: remove it.
+    pub gone_file: u32,
+    /// The same, of a folder.
+    pub gone_folder: u32,
+    /// A name that has become another, of anything but a folder: rename it. What came from elsewhere is renamed from any name
+    /// in the folder's root that is nobody's, and what went elsewhere to one.
+    pub moved_file: u32,
+    /// The same, of a folder.
+    pub moved_folder: u32,
 }
 
 /// What guest and worker speak of a shared folder.
@@ -194,6 +229,9 @@ pub enum ConfigError {
         /// At the start.
         memory_mib: u32,
     },
+    /// What cannot be watched: a second share, or one by 9P.
+    #[error("of the shares, one may be watched, and by FUSE only")]
+    Watch,
     /// A serial does not fit the virtio-blk device, or is used twice.
     #[error(
         "the serial {serial:?} of a disk must be 1 to 20 bytes of ASCII, and unlike the others"
@@ -409,6 +447,11 @@ impl VmConfig {
                 });
             }
         }
+        let mut watched = self.shares.iter().filter(|share| share.watch.is_some());
+        let by_fuse = |share: &ShareConfig| matches!(share.protocol, ShareProtocol::Fuse { .. });
+        if !watched.next().is_none_or(by_fuse) || watched.next().is_some() {
+            return Err(ConfigError::Watch);
+        }
         let mut serials = BTreeSet::new();
         for disk in &self.disks {
             disk.validate()?;
@@ -490,6 +533,7 @@ mod tests {
                         writeback: false,
                         dax_window_mib,
                     },
+                    watch: None,
                 }];
             })
         };
@@ -512,6 +556,7 @@ mod tests {
             path: "/".into(),
             cache: CachePolicy::Auto,
             protocol: ShareProtocol::P9,
+            watch: None,
         };
         let disk = |serial: &str| DiskConfig {
             serial: serial.to_owned(),
@@ -525,6 +570,36 @@ mod tests {
         assert!(after(|c| c.disks = vec![disk("a"), disk("a")]).is_err());
         assert!(after(|c| c.disks = vec![disk(&"x".repeat(21))]).is_err());
         assert!(after(|c| c.disks = vec![disk("ä")]).is_err());
+    }
+
+    #[test]
+    fn one_share_is_watched_and_by_fuse() {
+        let share = |tag: &str, protocol| ShareConfig {
+            tag: tag.to_owned(),
+            path: "/".into(),
+            cache: CachePolicy::Auto,
+            protocol,
+            watch: Some(WatchConfig {
+                prefix: ".volume-".to_owned(),
+                gids: NoticeGids {
+                    changed: 1,
+                    created: 2,
+                    gone_file: 3,
+                    gone_folder: 4,
+                    moved_file: 5,
+                    moved_folder: 6,
+                },
+            }),
+        };
+        let fuse = ShareProtocol::Fuse {
+            writeback: false,
+            dax_window_mib: 0,
+        };
+        assert!(after(|c| c.shares = vec![share("a", fuse)]).is_ok());
+        let by_9p = after(|c| c.shares = vec![share("a", ShareProtocol::P9)]);
+        assert_eq!(by_9p, Err(ConfigError::Watch));
+        let two = after(|c| c.shares = vec![share("a", fuse), share("b", fuse)]);
+        assert_eq!(two, Err(ConfigError::Watch));
     }
 
     #[test]

@@ -76,6 +76,8 @@ pub enum Call {
         /// [`NicConfig::mac`].
         mac: [u8; 6],
     },
+    /// Takes the first of what others have changed in the shared folder that is watched.
+    TakeChanges,
     /// Reads every counter.
     Metrics,
 }
@@ -120,8 +122,46 @@ pub enum Reply {
     Added,
     /// The device is gone, and all that it had is closed.
     Removed,
+    /// What has changed, in this order; a change is told once.
+    Changes {
+        /// The first ones.
+        changes: Vec<FileChange>,
+        /// There are more. If not, an event says when there are.
+        more: bool,
+    },
     /// Counters by name, for example `vcpu_exits_mmio`.
     Metrics(BTreeMap<String, u64>),
+}
+
+/// That somebody else than the guest has changed something in a shared folder which the guest knows.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct FileChange {
+    /// What has been done.
+    pub kind: ChangeKind,
+    /// With what, below the shared folder, and without a slash at its start. Empty for what has been moved in from where
+    /// nobody watches.
+    pub path: Vec<u8>,
+    /// Where it has been moved to. Empty for a place that nobody watches, and for all but [`ChangeKind::Moved`].
+    pub to: Vec<u8>,
+    /// S_IFMT of its mode. Of what is gone no more is known than whether it was a folder.
+    pub file_type: u32,
+}
+
+/// What can be done with a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ChangeKind {
+    /// It has been written to.
+    Modified,
+    /// Somebody who could write to it has closed it.
+    Written,
+    /// Its attributes are others; of a folder of the root also: there was more than can be told.
+    Attributes,
+    /// It is new.
+    Created,
+    /// It has been removed.
+    Gone,
+    /// It has another name.
+    Moved,
 }
 
 /// What the worker reports unasked.
@@ -129,6 +169,8 @@ pub enum Reply {
 pub enum Event {
     /// The guest connected to the ready port.
     Ready,
+    /// There is something for [`Call::TakeChanges`]. Not repeated before all is taken.
+    FilesChanged,
     /// The VM has ended; the worker exits after this message.
     Exited(ExitReason),
 }

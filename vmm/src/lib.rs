@@ -6,6 +6,7 @@
 mod board;
 mod boot;
 mod bus;
+mod changes;
 pub mod config;
 pub mod control;
 pub mod devices;

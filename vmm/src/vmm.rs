@@ -19,7 +19,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::board::{Board, BoardState, Parts};
 use crate::boot::{self, BootSource};
 use crate::config::{ConfigError, DeviceConfig, DeviceId, NicConfig, VmConfig};
-use crate::control::{ExitReason, Resize};
+use crate::control::{ExitReason, FileChange, Resize};
 use crate::devices::vsock::VsockHandle;
 use crate::end::End;
 use crate::error::Error;
@@ -79,6 +79,8 @@ pub struct Confinement {
     pub vcpu: VcpuSetup,
     /// For the thread that makes later vCPUs and devices, whose threads inherit its confinement and add their own.
     pub workshop: VcpuSetup,
+    /// For the thread that watches a shared folder.
+    pub watch: VcpuSetup,
 }
 
 impl Confinement {
@@ -87,6 +89,7 @@ impl Confinement {
         device: |_| Ok(()),
         vcpu: || Ok(()),
         workshop: || Ok(()),
+        watch: || Ok(()),
     };
 }
 
@@ -263,6 +266,7 @@ impl Vmm {
                 hypervisor: vm.clone(),
                 end: &end,
                 setup: confinement.device,
+                watch_setup: confinement.watch,
             },
             on_ready,
         )?;
@@ -433,6 +437,17 @@ impl Vmm {
     /// The way to open connections into the guest.
     pub fn vsock(&self) -> VsockHandle {
         self.board.vsock()
+    }
+
+    /// From now on, `tell` is called when there is something for [`Self::take_changes`], and not again until all is taken. It
+    /// must not block.
+    pub fn tell_changes(&self, tell: impl Fn() + Send + 'static) {
+        self.board.changes().tell(tell);
+    }
+
+    /// Takes the first of what others have changed in the shared folder that is watched, and tells whether there are more.
+    pub fn take_changes(&self) -> (Vec<FileChange>, bool) {
+        self.board.changes().take()
     }
 
     /// Why the VM has ended; `None` while it has not. [`Self::as_fd`] is readable from then on.

@@ -83,6 +83,7 @@ mod tests {
             path: "/".into(),
             cache: CachePolicy::Auto,
             protocol,
+            watch: None,
         }
     }
 

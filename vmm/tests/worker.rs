@@ -14,11 +14,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
 use husk_vmm::NicFiles;
-use husk_vmm::config::{CachePolicy, DiskConfig, NicConfig, ShareConfig, ShareProtocol, VmConfig};
-use husk_vmm::control::{self, Call, Event, ExitReason, Message, Reply, Request, Resize};
+use husk_vmm::config::{
+    CachePolicy, DiskConfig, NicConfig, NoticeGids, ShareConfig, ShareProtocol, VmConfig,
+    WatchConfig,
+};
+use husk_vmm::control::{
+    self, Call, ChangeKind, Event, ExitReason, FileChange, Message, Reply, Request, Resize,
+};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use support::{Guest, file_of, initramfs, net};
 
@@ -247,6 +253,8 @@ fn guest_runs_jailed_until_it_powers_off() {
                 writeback: false,
                 dax_window_mib: 16,
             },
+            // Nothing is told, since nobody else changes anything.
+            watch: Some(watch("")),
         });
     });
     assert_eq!(booted, Ok(Reply::Booted));
@@ -278,6 +286,79 @@ fn guest_runs_jailed_until_it_powers_off() {
     assert!(output.contains("FILES-DONE"), "{output}");
     let copy = std::fs::read_to_string(share.path().join("a/copy")).unwrap();
     assert_eq!(copy, "HUSK-SAYS hello\n");
+}
+
+fn watch(prefix: &str) -> WatchConfig {
+    WatchConfig {
+        prefix: prefix.to_owned(),
+        gids: NoticeGids {
+            changed: 1001,
+            created: 1002,
+            gone_file: 1003,
+            gone_folder: 1004,
+            moved_file: 1005,
+            moved_folder: 1006,
+        },
+    }
+}
+
+const LOOK_AT_FILES: &str = "\
+mount -t virtiofs share /mnt
+cd /mnt/.volume-0
+echo HUSK-LOOKED
+while ! [ -e end ]; do sleep 1; done
+poweroff -f
+";
+
+#[test]
+fn what_others_change_is_told_from_inside_the_jail() {
+    if !has_kvm() {
+        return;
+    }
+    let mut worker = Worker::spawn();
+    // The node's root is a file system of which not all kernels tell.
+    let share = tempfile::tempdir_in("/dev/shm").unwrap();
+    let volume = share.path().join(".volume-0");
+    std::fs::create_dir(&volume).unwrap();
+    std::fs::create_dir(share.path().join("other")).unwrap();
+    let booted = worker.boot(LOOK_AT_FILES, |config| {
+        config.shares.push(ShareConfig {
+            tag: "share".to_owned(),
+            path: share.path().to_owned(),
+            cache: CachePolicy::Auto,
+            protocol: ShareProtocol::Fuse {
+                writeback: false,
+                dax_window_mib: 0,
+            },
+            watch: Some(watch(".volume-")),
+        });
+    });
+    assert_eq!(booted, Ok(Reply::Booted));
+    worker.wait_for("HUSK-LOOKED");
+    // It is watched a moment after it was looked at.
+    std::thread::sleep(Duration::from_secs(2));
+    std::fs::write(share.path().join("other/file"), "").unwrap();
+    std::fs::write(volume.join("end"), "").unwrap();
+    assert_eq!(worker.hear(), Message::Event(Event::FilesChanged));
+    worker.ask(2, Call::TakeChanges, &[]);
+    let Message::Reply {
+        id: 2,
+        result: Ok(Reply::Changes { changes, .. }),
+    } = worker.hear()
+    else {
+        panic!("changes are taken");
+    };
+    let first = FileChange {
+        kind: ChangeKind::Created,
+        path: b".volume-0/end".to_vec(),
+        to: Vec::new(),
+        file_type: libc::S_IFREG,
+    };
+    assert_eq!(changes.first(), Some(&first));
+    assert!(changes.iter().all(|change| change.path == first.path));
+    // What is told after that is of no interest.
+    while worker.hear() == Message::Event(Event::FilesChanged) {}
+    assert!(worker.child.wait().unwrap().success());
 }
 
 /// Uses each command of the driver's, takes the interfaces down and up again, and unbinds and binds their driver.
@@ -476,6 +557,7 @@ fn what_cannot_boot_is_told_and_ends_the_worker() {
                 writeback: false,
                 dax_window_mib: 0,
             },
+            watch: None,
         });
     };
     let message = worker.boot("", missing).unwrap_err();

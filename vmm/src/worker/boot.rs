@@ -10,7 +10,7 @@ use super::seccomp::{self, Role, SeccompError};
 use super::service::{Machine, Notice};
 use super::{jail, one_line};
 use crate::config::{DeviceConfig, DeviceId, VmConfig};
-use crate::control::{ExitReason, Resize};
+use crate::control::{ExitReason, FileChange, Resize};
 use crate::devices::vsock::{ConnectError, VsockStream};
 use crate::virtio::DeviceType;
 use crate::vmm::{Confinement, NicFiles, VmFiles, Vmm};
@@ -47,6 +47,7 @@ fn try_boot(
     notices: Outlet<Notice>,
 ) -> Result<Vmm, BootError> {
     let files = name_files(config, files)?;
+    let changed = notices.clone();
     jail::enter(config.shares.iter().map(|share| share.path.as_path()))?;
     let vmm = Vmm::new(
         config,
@@ -56,9 +57,11 @@ fn try_boot(
             device: confine_device,
             vcpu: confine_vcpu,
             workshop: confine_workshop,
+            watch: confine_watch,
         },
     )
     .map_err(BootError::Build)?;
+    vmm.tell_changes(move || changed.send(Notice::FilesChanged));
     seccomp::install(Role::Control)?;
     vmm.start().map_err(BootError::Start)?;
     Ok(vmm)
@@ -109,6 +112,11 @@ fn confine_workshop() -> io::Result<()> {
     seccomp::install(Role::Workshop).map_err(io::Error::other)
 }
 
+/// It keeps the capabilities by which the file server finds what the guest knows, and with them its user.
+fn confine_watch() -> io::Result<()> {
+    seccomp::install(Role::Watch).map_err(io::Error::other)
+}
+
 fn confine_device(device: DeviceType) -> io::Result<()> {
     if !matches!(device, DeviceType::Fs | DeviceType::P9) {
         jail::drop_capabilities()?;
@@ -146,6 +154,10 @@ impl Machine for Vmm {
 
     fn keep(&self, device: &DeviceId) {
         self.keep(device);
+    }
+
+    fn take_changes(&self) -> (Vec<FileChange>, bool) {
+        self.take_changes()
     }
 
     fn metrics(&self) -> BTreeMap<String, u64> {

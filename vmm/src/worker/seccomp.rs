@@ -37,6 +37,8 @@ pub(super) enum Role {
     /// What makes vCPUs, disks and network devices, and their threads, while the guest runs. Those inherit this filter, so
     /// that it has to allow all that theirs do.
     Workshop,
+    /// What watches a shared folder on the guest's behalf.
+    Watch,
 }
 
 /// Why a thread could not be confined.
@@ -85,6 +87,7 @@ fn compile(role: Role) -> Result<BpfProgram, BackendError> {
     allow_within_limits(&mut rules)?;
     match role {
         Role::Control => allow(&mut rules, CONTROL),
+        Role::Watch => allow(&mut rules, WATCH),
         Role::Vcpu => {
             allow(&mut rules, VCPU);
             allow_ioctls(&mut rules, VCPU_IOCTLS)?;
@@ -396,6 +399,18 @@ const FILE_SERVER: &[i64] = &[
 
 /// To follow the lengths of the files that the guest has mapped in the DAX window. `mmap` every thread has.
 const WINDOW: &[i64] = &[libc::SYS_inotify_add_watch, libc::SYS_inotify_rm_watch];
+/// What watches a shared folder: it finds what the guest knows, as the file server does, and opens nothing of it. A handle,
+/// by which it tells files apart, opens nothing without open_by_handle_at, which nobody may call.
+const WATCH: &[i64] = &[
+    libc::SYS_fanotify_init,
+    libc::SYS_fanotify_mark,
+    libc::SYS_fstatfs,
+    libc::SYS_name_to_handle_at,
+    libc::SYS_openat2,
+    libc::SYS_ppoll,
+    libc::SYS_setresuid,
+    libc::SYS_statx,
+];
 
 #[cfg(test)]
 mod tests {
@@ -415,7 +430,7 @@ mod tests {
 
     #[test]
     fn every_filter_compiles() {
-        let roles = [Role::Control, Role::Vcpu, Role::Workshop].into_iter();
+        let roles = [Role::Control, Role::Vcpu, Role::Workshop, Role::Watch].into_iter();
         for role in roles.chain(DEVICES.map(Role::Device)) {
             assert!(!compile(role).unwrap().is_empty(), "{role:?}");
         }
@@ -433,6 +448,7 @@ mod tests {
             VSOCK,
             FILE_SERVER,
             WINDOW,
+            WATCH,
         ];
         assert_eq!(THREAD, 0x003d_0f00);
         for call in [

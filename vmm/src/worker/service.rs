@@ -9,7 +9,7 @@ use rustix::event::{Timespec, epoll};
 use super::inbox::{Inbox, Outlet, inbox};
 use super::{WorkerError, one_line};
 use crate::config::{DeviceConfig, DeviceId, VmConfig};
-use crate::control::{self, Call, Event, ExitReason, Message, Reply, Request, Resize};
+use crate::control::{self, Call, Event, ExitReason, FileChange, Message, Reply, Request, Resize};
 use crate::devices::vsock::{ConnectError, VsockStream};
 
 /// A VM as this thread sees it. Its descriptor is readable once the VM has ended.
@@ -42,6 +42,9 @@ pub(super) trait Machine: AsFd {
     /// Ends a removal that the guest has not answered yet: `done` gets an error.
     fn keep(&self, device: &DeviceId);
 
+    /// The first changes of files that nobody has taken, and whether there are more.
+    fn take_changes(&self) -> (Vec<FileChange>, bool);
+
     /// All counters.
     fn metrics(&self) -> BTreeMap<String, u64>;
 
@@ -58,6 +61,8 @@ pub(super) trait Machine: AsFd {
 pub(super) enum Notice {
     /// The guest has connected to the ready port.
     Ready,
+    /// There are changes of files to be taken.
+    FilesChanged,
     /// The request with this id, to connect into the guest, has come to an end.
     Connected {
         id: u64,
@@ -81,7 +86,7 @@ struct Removal {
 
 /// Waits for the order to boot, boots by `boot`, and serves until the VM or the shim is gone.
 ///
-/// `boot` gets the description, the descriptors that came with it, and where to send [`Notice::Ready`].
+/// `boot` gets the description, the descriptors that came with it, and where to send notices.
 pub(super) fn run<M: Machine>(
     control: OwnedFd,
     boot: impl FnOnce(&VmConfig, Vec<OwnedFd>, Outlet<Notice>) -> Result<M, String>,
@@ -228,6 +233,10 @@ impl<M: Machine> Service<M> {
                 Ok(()) => self.shim.reply(id, Reply::Resized, None),
                 Err(message) => self.shim.refuse(id, message),
             },
+            Call::TakeChanges => {
+                let (changes, more) = self.machine.take_changes();
+                self.shim.reply(id, Reply::Changes { changes, more }, None)
+            }
             Call::Metrics => self
                 .shim
                 .reply(id, Reply::Metrics(self.machine.metrics()), None),
@@ -284,6 +293,7 @@ impl<M: Machine> Service<M> {
         for notice in self.inbox.take() {
             match notice {
                 Notice::Ready => self.shim.event(Event::Ready)?,
+                Notice::FilesChanged => self.shim.event(Event::FilesChanged)?,
                 Notice::Answered { id, result } => {
                     self.removals.retain(|removal| removal.id != id);
                     self.shim.send(&Message::Reply { id, result }, None)?;

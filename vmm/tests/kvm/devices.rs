@@ -51,6 +51,7 @@ fn a_folder_is_shared_both_ways() {
             writeback: false,
             dax_window_mib: 0,
         },
+        watch: None,
     }];
     let (reason, output) = guest.start().end();
     assert_eq!(reason, ExitReason::PowerOff, "{output}");

@@ -99,6 +99,7 @@ fn a_shared_folder_behaves_as_a_file_system() {
             writeback: false,
             dax_window_mib: 0,
         },
+        watch: None,
     }];
     assert_passed(guest);
 }

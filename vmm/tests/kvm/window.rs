@@ -136,6 +136,7 @@ fn guest(folder: &Path, script: &str) -> Guest {
             writeback: false,
             dax_window_mib: 16,
         },
+        watch: None,
     }];
     guest
 }

@@ -42,6 +42,7 @@ pub(super) fn check(vm: &husk_config::Vm, shim: &Path) -> Result<String, Problem
                 writeback: false,
                 dax_window_mib: 0,
             },
+            watch: None,
         }],
         disks: Vec::new(),
         nics: Vec::new(),
@@ -113,6 +114,8 @@ fn outcome(socket: &OwnedFd, deadline: Instant) -> io::Result<Outcome> {
             None => return Ok(Outcome::WorkerEnded),
             Some((Message::Event(Event::Ready), _)) => return Ok(Outcome::Ready),
             Some((Message::Event(Event::Exited(reason)), _)) => return Ok(Outcome::Ended(reason)),
+            // Nothing is watched.
+            Some((Message::Event(Event::FilesChanged), _)) => {}
             Some((Message::Reply { result, .. }, _)) => {
                 if let Err(message) = result {
                     return Ok(Outcome::Refused(message));

@@ -17,8 +17,12 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
 use super::metrics::FsMetrics;
 use super::share::Share;
+use super::watch::Watch;
 use super::worker::FsWorker;
+use crate::changes::Changes;
+use crate::config::{CachePolicy, WatchConfig};
 use crate::snapshot::{RestoreError, Snapshot};
+use crate::vcpu::VcpuSetup;
 use crate::virtio::queue::{QueueError, take_queues_and};
 use crate::virtio::worker::{ThreadSetup, Worker};
 use crate::virtio::{
@@ -101,6 +105,7 @@ pub struct FsDevice {
     /// One for each queue of requests.
     workers: Vec<Worker<FsWorker>>,
     share: Arc<Share>,
+    watch: Option<Watch>,
     metrics: Arc<FsMetrics>,
 }
 
@@ -129,8 +134,30 @@ impl FsDevice {
             queue_sizes: iter::once(HIPRIO_QUEUE_SIZE).chain(requests).collect(),
             workers,
             share: Arc::new(share),
+            watch: None,
             metrics: Arc::default(),
         })
+    }
+
+    /// Watches what the guest knows, tells `changes` what others change there, and serves the notices by which the guest's
+    /// kernel is told. Not while active. Where nobody else changes anything ([`CachePolicy::Always`]) there is nothing to watch.
+    ///
+    /// # Errors
+    /// When a thread cannot be made.
+    pub(crate) fn watch(
+        &mut self,
+        config: WatchConfig,
+        changes: Arc<Changes>,
+        setup: VcpuSetup,
+    ) -> Result<(), FsError> {
+        if self.share.cache() == CachePolicy::Always {
+            return Ok(());
+        }
+        let share = Arc::get_mut(&mut self.share).expect("nobody else has it while inactive");
+        let news = share.watch(config).map_err(FsError::Start)?;
+        let watch = Watch::spawn(Arc::clone(&self.share), news, changes, setup);
+        self.watch = Some(watch.map_err(FsError::Start)?);
+        Ok(())
     }
 
     /// The tag.
@@ -155,7 +182,7 @@ pub(in crate::devices) fn for_users(
 }
 
 /// Lets this thread change its user without a change of its capabilities, unless it does so already.
-fn keep_capabilities_of_users() {
+pub(super) fn keep_capabilities_of_users() {
     let kept = capabilities_secure_bits().and_then(|bits| {
         set_capabilities_secure_bits(bits | CapabilitiesSecureBits::NO_SETUID_FIXUP)
     });

@@ -9,6 +9,7 @@ mod metrics;
 mod share;
 #[cfg(test)]
 mod tests;
+mod watch;
 mod worker;
 
 pub(super) use device::for_users;

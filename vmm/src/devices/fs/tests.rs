@@ -1,5 +1,6 @@
 //! Tests of the file system device, by a driver that plays a guest's FUSE client, honest or not.
 
+mod notices;
 mod window;
 
 use std::fs;

@@ -145,6 +145,11 @@ fn answer(
         .copied()
         .ok_or(RequestError::NoHeader)?;
 
+    if !share.may_serve(&header) {
+        metrics.requests.inc();
+        let refusal = Err(io::Error::from_raw_os_error(libc::EPERM));
+        return Ok(write_answer(&mut room, header.unique, refusal));
+    }
     if let Some(answer) = share.serve_newer(&header, &mut request) {
         metrics.requests.inc();
         if header.opcode == Opcode::SetupMapping as u32 && answer.is_ok() {

@@ -11,6 +11,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::*;
 use crate::config::DiskConfig;
+use crate::control::ChangeKind;
 
 type Done = Box<dyn FnOnce(Result<VsockStream, ConnectError>) + Send>;
 type Plugged = Box<dyn FnOnce(Result<(), String>) + Send>;
@@ -76,6 +77,10 @@ impl Machine for FakeMachine {
         }
     }
 
+    fn take_changes(&self) -> (Vec<FileChange>, bool) {
+        (vec![change()], true)
+    }
+
     fn metrics(&self) -> BTreeMap<String, u64> {
         BTreeMap::from([("vcpu_exits_io".to_owned(), 3)])
     }
@@ -86,6 +91,16 @@ impl Machine for FakeMachine {
         done: impl FnOnce(Result<VsockStream, ConnectError>) + Send + 'static,
     ) {
         self.connects.send((port, Box::new(done))).unwrap();
+    }
+}
+
+fn change() -> FileChange {
+    FileChange {
+        kind: ChangeKind::Moved,
+        // Names need not be UTF-8.
+        path: b".volume-0/\xff".to_vec(),
+        to: b".volume-0/b".to_vec(),
+        file_type: libc::S_IFREG,
     }
 }
 
@@ -244,6 +259,20 @@ fn metrics_are_answered() {
         panic!("{message:?}");
     };
     assert_eq!(metrics["vcpu_exits_io"], 3);
+    scene.close().unwrap();
+}
+
+#[test]
+fn changes_of_files_are_told_and_taken() {
+    let (scene, outlet) = Scene::booted();
+    outlet.send(Notice::FilesChanged);
+    assert_eq!(scene.hear().0, Message::Event(Event::FilesChanged));
+    scene.ask(2, Call::TakeChanges);
+    let changes = Reply::Changes {
+        changes: vec![change()],
+        more: true,
+    };
+    assert_eq!(scene.hear().0, replied(2, Ok(changes)));
     scene.close().unwrap();
 }
 

@@ -9,7 +9,9 @@
 //! thread's own rights, since the guest's kernel has checked the user's (the mount has `default_permissions`).
 
 mod newer;
+mod news;
 mod node;
+mod notices;
 mod open;
 mod requests;
 mod rights;
@@ -31,7 +33,8 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 use rustix::process::Resource;
 
-use crate::config::CachePolicy;
+use crate::config::{CachePolicy, NoticeGids, WatchConfig};
+pub(super) use news::{Fate, News};
 pub(in crate::devices) use node::MAX_NODES;
 use node::{Limits, MANY_NODES, Nodes, stat64_of};
 use open::{OpenFile, OpenFiles};
@@ -99,6 +102,8 @@ pub struct Share {
     capable: AtomicU64,
     /// In which the guest has files mapped.
     window: Option<Window>,
+    /// Where the guest is told what others change: whose requests are notices.
+    notices: Option<NoticeGids>,
 }
 
 impl fmt::Debug for Share {
@@ -167,7 +172,61 @@ impl Share {
             writeback: AtomicBool::new(false),
             capable: AtomicU64::new(0),
             window: None,
+            notices: None,
         })
+    }
+
+    /// Serves notices ([`notices`]), and tells the result what is known to the guest from now on.
+    ///
+    /// # Errors
+    /// Of eventfd(2).
+    pub(super) fn watch(&mut self, config: WatchConfig) -> io::Result<Arc<News>> {
+        let news = Arc::new(News::new()?);
+        self.nodes
+            .watch(config.prefix.into_bytes(), Arc::clone(&news));
+        self.notices = Some(config.gids);
+        Ok(news)
+    }
+
+    /// A descriptor that stands for a file that the guest knows, and whether that is a folder.
+    ///
+    /// # Errors
+    /// ESTALE when it does not, or the file is no longer where it was.
+    pub(super) fn known(&self, inode: u64) -> io::Result<(Arc<OwnedFd>, bool)> {
+        let kind = self.nodes.kind(inode)?;
+        Ok((self.nodes.descriptor(inode)?, kind == libc::S_IFDIR))
+    }
+
+    /// S_IFMT of what is `name` in a folder now.
+    ///
+    /// # Errors
+    /// As statx(2).
+    pub(super) fn kind_at(&self, folder: &OwnedFd, name: &CStr) -> io::Result<u32> {
+        let mode = node::stat(folder, name)?.stx_mode;
+        Ok(u32::from(mode) & libc::S_IFMT)
+    }
+
+    /// Opens what is at a path below the root now, without following a link.
+    ///
+    /// # Errors
+    /// As openat2(2).
+    pub(super) fn find_path(&self, path: &[u8]) -> io::Result<OwnedFd> {
+        self.nodes.find_path(path)
+    }
+
+    /// Where a file is that the guest knows, below the root.
+    pub(super) fn path(&self, inode: u64) -> Option<Vec<u8>> {
+        self.nodes.path(inode)
+    }
+
+    /// Whether a file that the guest knows is in the root.
+    pub(super) fn is_top(&self, inode: u64) -> bool {
+        self.nodes.is_top(inode)
+    }
+
+    /// The folder of this process's descriptors.
+    pub(super) fn descriptors(&self) -> BorrowedFd<'_> {
+        self.descriptors.as_fd()
     }
 
     /// The abilities that the guest claimed at the last INIT. `None` before it.

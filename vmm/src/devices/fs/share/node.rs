@@ -23,7 +23,9 @@ use lru::LruCache;
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 
-/// Most files that are known at once, each some 250 bytes of memory.
+use super::news::News;
+
+/// Most files that are known at once, each some 300 bytes of memory.
 pub(in crate::devices) const MAX_NODES: usize = 256 * 1024;
 
 /// Beyond so many, the guest is told to keep no names, and so forgets files as soon as it does not use them.
@@ -31,6 +33,12 @@ pub(super) const MANY_NODES: usize = MAX_NODES / 2;
 
 /// Most descriptors for files that are not open.
 const MAX_RECENT: usize = 8 * 1024;
+
+/// Longest path that is told, as Linux has it.
+const MAX_PATH: usize = 4095;
+
+/// How many of the files that had the same name one after the other are looked at.
+const MAX_OLDER: usize = 8;
 
 /// Names are followed one at a time, and lead nowhere else: not up, not through symbolic links.
 const RESOLVE: ResolveFlags = ResolveFlags::BENEATH
@@ -79,6 +87,19 @@ struct Node {
     descriptor: Weak<OwnedFd>,
     /// The guest has removed a name of it, maybe the last.
     kept: Option<Arc<OwnedFd>>,
+    /// The node that had this name before it, if the guest knew one.
+    older: Option<u64>,
+    /// Whether the guest is told what others change here.
+    watched: bool,
+}
+
+impl Node {
+    /// Whether the one who watches has to know of it: of folders, since theirs are the names in them, and of a file that
+    /// is shared by itself.
+    fn is_news(&self) -> bool {
+        let alone = self.parent == ROOT_ID && self.identity.kind == libc::S_IFREG;
+        self.watched && (alone || self.identity.kind == libc::S_IFDIR)
+    }
 }
 
 /// How many descriptors there may be.
@@ -112,6 +133,17 @@ struct Table {
     recent: LruCache<u64, Arc<OwnedFd>>,
     /// How many nodes are `kept`.
     kept: usize,
+    /// Of those that are watched, the node that was seen last by a name, under the hash of that and of its folder.
+    names: HashMap<u64, u64>,
+    hasher: RandomState,
+    watch: Option<Watch>,
+}
+
+/// What others change below some names of the root is told to the guest.
+struct Watch {
+    /// These names begin so.
+    prefix: Vec<u8>,
+    news: Arc<News>,
 }
 
 /// The files that the guest knows.
@@ -189,6 +221,9 @@ impl Nodes {
             next: u64::from_le_bytes([a, b, c, d, e, f, g, 0]).max(ROOT_ID + 1),
             recent: LruCache::new(limits.recent),
             kept: 0,
+            names: HashMap::new(),
+            hasher: RandomState::new(),
+            watch: None,
         };
         let nodes = Self {
             root,
@@ -208,7 +243,11 @@ impl Nodes {
         table.recent.clear();
         table.nodes.clear();
         table.numbers.clear();
+        table.names.clear();
         table.kept = 0;
+        if let Some(watch) = &table.watch {
+            watch.news.reset();
+        }
         let root = Node {
             identity,
             parent: 0,
@@ -217,10 +256,17 @@ impl Nodes {
             children: 0,
             descriptor: Arc::downgrade(&self.root),
             kept: None,
+            older: None,
+            watched: false,
         };
         table.nodes.insert(ROOT_ID, root);
         table.numbers.insert(identity, ROOT_ID);
         Ok(())
+    }
+
+    /// From now on `news` is told what is known below names of the root that begin with `prefix`.
+    pub(super) fn watch(&self, prefix: Vec<u8>, news: Arc<News>) {
+        self.lock().watch = Some(Watch { prefix, news });
     }
 
     /// How many files are known.
@@ -251,6 +297,12 @@ impl Nodes {
         }
         let folder = table.nodes.get_mut(&parent).ok_or(Errno::STALE)?;
         folder.children += 1;
+        let mut watched = folder.watched;
+        if parent == ROOT_ID
+            && let Some(watch) = &table.watch
+        {
+            watched = name.to_bytes().starts_with(&watch.prefix);
+        }
         let number = table.number();
         let node = Node {
             identity,
@@ -260,9 +312,17 @@ impl Nodes {
             children: 0,
             descriptor: Weak::new(),
             kept: None,
+            older: None,
+            watched,
         };
+        if let Some(watch) = &table.watch
+            && node.is_news()
+        {
+            watch.news.known(number);
+        }
         table.nodes.insert(number, node);
         table.numbers.insert(identity, number);
+        table.enter(number);
         Ok(number)
     }
 
@@ -276,6 +336,52 @@ impl Nodes {
             node.lookups = node.lookups.saturating_sub(count);
             table.sweep(number);
         }
+    }
+
+    /// One more reference to what the guest knows as `name` in the folder `parent`, and the host no longer has there: `now`
+    /// is what it has. `None` if the guest knows nothing of the kind.
+    pub(super) fn refer_to_former(
+        &self,
+        parent: u64,
+        name: &CStr,
+        now: Option<&Statx>,
+        is_folder: bool,
+    ) -> Option<Former> {
+        let now = now.map(Identity::of);
+        let mut table = self.lock();
+        let number = table.by_name(parent, name).into_iter().find(|number| {
+            let is_it = |node: &Node| {
+                Some(node.identity) != now && (node.identity.kind == libc::S_IFDIR) == is_folder
+            };
+            table.nodes.get(number).is_some_and(is_it)
+        })?;
+        let descriptor = table.present(number).ok().flatten();
+        let node = table.nodes.get_mut(&number)?;
+        node.lookups = node.lookups.saturating_add(1);
+        Some(Former {
+            number,
+            kind: node.identity.kind,
+            descriptor,
+        })
+    }
+
+    /// Where a file is, below the root. `None` if it is not known, or its path is too long to be of use.
+    pub(super) fn path(&self, number: u64) -> Option<Vec<u8>> {
+        self.lock().path(number)
+    }
+
+    /// What is at a path below the root now.
+    pub(super) fn find_path(&self, path: &[u8]) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let found = rustix::fs::openat2(&self.root, path, flags, Mode::empty(), RESOLVE)?;
+        Ok(found)
+    }
+
+    /// Whether the file is in the root.
+    pub(super) fn is_top(&self, number: u64) -> bool {
+        self.lock()
+            .get(number)
+            .is_ok_and(|node| node.parent == ROOT_ID)
     }
 
     /// A number for the file with inode `inode` on the mount of the node `number`, or for that itself: no other file has it,
@@ -408,6 +514,14 @@ fn lost(err: io::Error) -> io::Error {
     }
 }
 
+/// What the guest knows by a name that is another's now, or nobody's.
+pub(super) struct Former {
+    pub(super) number: u64,
+    /// S_IFMT of its mode.
+    pub(super) kind: u32,
+    pub(super) descriptor: Option<Arc<OwnedFd>>,
+}
+
 /// Nodes on the way to a file, the last first.
 type Way = Vec<(u64, Identity, CString)>;
 
@@ -420,6 +534,71 @@ impl Table {
         let number = self.next;
         self.next += 1;
         number
+    }
+
+    fn key(&self, parent: u64, name: &CStr) -> u64 {
+        self.hasher.hash_one((parent, name))
+    }
+
+    /// Notes that a node is the one by its name, if it is watched.
+    fn enter(&mut self, number: u64) {
+        let Some(node) = self.nodes.get(&number).filter(|node| node.watched) else {
+            return;
+        };
+        let key = self.key(node.parent, &node.name);
+        let older = self.names.insert(key, number);
+        if let Some(node) = self.nodes.get_mut(&number) {
+            node.older = older.filter(|&older| older != number);
+        }
+    }
+
+    /// Notes that it no longer is, before its name changes.
+    fn leave(&mut self, node: &Node, number: u64) {
+        if !node.watched {
+            return;
+        }
+        let key = self.key(node.parent, &node.name);
+        if self.names.get(&key) != Some(&number) {
+            return;
+        }
+        match node.older {
+            Some(older) if self.nodes.contains_key(&older) => self.names.insert(key, older),
+            _ => self.names.remove(&key),
+        };
+    }
+
+    /// The nodes that were seen by a name, the last first.
+    fn by_name(&self, parent: u64, name: &CStr) -> Vec<u64> {
+        let mut found = Vec::new();
+        let mut next = self.names.get(&self.key(parent, name)).copied();
+        // A few only: with nodes that went and came back, they may be a circle.
+        while found.len() < MAX_OLDER
+            && let Some(number) = next
+            && let Some(node) = self.nodes.get(&number)
+            && node.parent == parent
+            && *node.name == *name
+        {
+            found.push(number);
+            next = node.older;
+        }
+        found
+    }
+
+    fn path(&self, number: u64) -> Option<Vec<u8>> {
+        let (mut names, mut at, mut len) = (Vec::new(), number, 0);
+        while at != ROOT_ID {
+            let node = self.nodes.get(&at)?;
+            let name = node.name.to_bytes();
+            len += name.len() + 1;
+            // What has no name (O_TMPFILE) has no path.
+            if name.is_empty() || len > MAX_PATH {
+                return None;
+            }
+            names.push(name);
+            at = node.parent;
+        }
+        names.reverse();
+        Some(names.join(&b'/'))
     }
 
     /// The descriptor that a file has now, if it has one.
@@ -471,9 +650,12 @@ impl Table {
             }
         }
         self.nodes.get_mut(&parent).ok_or(Errno::STALE)?.children += 1;
-        if let Some(node) = self.nodes.get_mut(&number) {
+        if let Some(mut node) = self.nodes.remove(&number) {
+            self.leave(&node, number);
             node.parent = parent;
             node.name = name.to_owned();
+            self.nodes.insert(number, node);
+            self.enter(number);
         }
         if let Some(folder) = self.nodes.get_mut(&old) {
             folder.children -= 1;
@@ -487,8 +669,16 @@ impl Table {
         while let Some(node) = self.nodes.get(&number)
             && node.lookups == 0
             && node.children == 0
-            && let Some(node) = self.nodes.remove(&number)
         {
+            if node.is_news()
+                && let Some(watch) = &self.watch
+            {
+                watch.news.forgotten(number, self.path(number));
+            }
+            let Some(node) = self.nodes.remove(&number) else {
+                return;
+            };
+            self.leave(&node, number);
             self.numbers.remove(&node.identity);
             self.recent.pop(&number);
             self.kept -= usize::from(node.kept.is_some());

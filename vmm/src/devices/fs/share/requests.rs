@@ -123,7 +123,10 @@ impl FileSystem for Share {
         }
     }
 
-    fn lookup(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
+    fn lookup(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
+        if let Some(notice) = self.notice(ctx) {
+            return self.lookup_for_notice(notice, parent, name);
+        }
         match self.walk(parent, name) {
             // Nobody else makes it, and so the guest need not ask again.
             Err(err)
@@ -146,10 +149,14 @@ impl FileSystem for Share {
 
     fn getattr(
         &self,
-        _ctx: &Context,
+        ctx: &Context,
         inode: u64,
         handle: Option<u64>,
     ) -> io::Result<(stat64, Duration)> {
+        if let Some(notice) = self.notice(ctx) {
+            let attr = self.attr_for_notice(notice, inode)?;
+            return Ok((attr, Duration::ZERO));
+        }
         let stat = self.stat(inode, handle)?;
         self.sized(inode, stat.stx_size);
         Ok((stat64_of(&stat), self.attr_timeout(&stat)))
@@ -163,6 +170,9 @@ impl FileSystem for Share {
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
+        if self.notice(ctx).is_some() {
+            return self.getattr(ctx, inode, None);
+        }
         let node = self.nodes.descriptor(inode)?;
         let name = DecInt::from_fd(&*node);
         let name = name.as_c_str();
@@ -219,6 +229,9 @@ impl FileSystem for Share {
         parent: u64,
         name: &CStr,
     ) -> io::Result<Entry> {
+        if self.notice(ctx).is_some() {
+            return self.made_for_notice(parent, name, libc::S_IFLNK);
+        }
         self.make(ctx, parent, name, |dir| {
             rustix::fs::symlinkat(linkname, dir, name)
         })
@@ -233,6 +246,13 @@ impl FileSystem for Share {
         rdev: u32,
         umask: u32,
     ) -> io::Result<Entry> {
+        if self.notice(ctx).is_some() {
+            let kind = match mode & libc::S_IFMT {
+                0 => libc::S_IFREG,
+                kind => kind,
+            };
+            return self.made_for_notice(parent, name, kind);
+        }
         let rights = mode_of(mode, self.umask(parent, umask)?);
         let kind = match mode & libc::S_IFMT {
             0 => FileType::RegularFile,
@@ -251,29 +271,41 @@ impl FileSystem for Share {
         mode: u32,
         umask: u32,
     ) -> io::Result<Entry> {
+        if self.notice(ctx).is_some() {
+            return self.made_for_notice(parent, name, libc::S_IFDIR);
+        }
         let rights = mode_of(mode, self.umask(parent, umask)?);
         self.make(ctx, parent, name, |dir| {
             rustix::fs::mkdirat(dir, name, rights)
         })
     }
 
-    fn unlink(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+    fn unlink(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        if self.notice(ctx).is_some() {
+            return Ok(());
+        }
         self.remove(parent, name, AtFlags::empty())
     }
 
-    fn rmdir(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+    fn rmdir(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        if self.notice(ctx).is_some() {
+            return Ok(());
+        }
         self.remove(parent, name, AtFlags::REMOVEDIR)
     }
 
     fn rename(
         &self,
-        _ctx: &Context,
+        ctx: &Context,
         olddir: u64,
         oldname: &CStr,
         newdir: u64,
         newname: &CStr,
         flags: u32,
     ) -> io::Result<()> {
+        if self.notice(ctx).is_some() {
+            return self.moved_for_notice(newdir, newname);
+        }
         check_name(oldname)?;
         check_name(newname)?;
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
@@ -317,9 +349,13 @@ impl FileSystem for Share {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
-        let kills = fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
-        self.take_bits(ctx, inode, open_flags(flags))?;
-        let opened = self.open_node(inode, open_flags(flags), kills)?;
+        let opened = if self.notice(ctx).is_some() {
+            self.open_for_notice(inode)?
+        } else {
+            let kills = fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
+            self.take_bits(ctx, inode, open_flags(flags))?;
+            self.open_node(inode, open_flags(flags), kills)?
+        };
         Ok((Some(opened.handle), opened.options, None))
     }
 
