@@ -7,6 +7,7 @@
 //! this program too: the *pause* that holds the pod's namespaces.
 
 mod cgroup;
+mod changes;
 mod container;
 mod creator;
 mod devices;

@@ -8,7 +8,7 @@ use futures::stream::StreamExt;
 use husk_protocol::agent::{
     CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest,
     ExecProcessResponse, ListProcessesRequest, ListProcessesResponse, PauseContainerRequest,
-    Process, RemoveContainerRequest, RemoveProcessRequest, ResizeTtyRequest,
+    Process, RaiseChangesRequest, RemoveContainerRequest, RemoveProcessRequest, ResizeTtyRequest,
     ResumeContainerRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
     StatsContainerResponse, Stdio, UpdateContainerRequest, UpdateNetworkRequest, WaitOomRequest,
     WaitOomResponse, WaitProcessRequest, WaitProcessResponse,
@@ -20,6 +20,7 @@ use ttrpc::Result as TtrpcResult;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, TtrpcContext};
 
+use crate::changes::Changes;
 use crate::container::{self, Containers, Creation};
 use crate::error::{Error, Result};
 use crate::network;
@@ -40,7 +41,10 @@ pub(crate) async fn serve(
     });
     let mut server = Server::new()
         .add_listener(Listener::new(of_host))
-        .register_service(create_agent(Arc::new(Service { containers })));
+        .register_service(create_agent(Arc::new(Service {
+            containers,
+            changes: Changes::default(),
+        })));
     server.start().await?;
     Ok(server)
 }
@@ -53,6 +57,7 @@ fn is_of_host(stream: &VsockStream) -> bool {
 
 struct Service {
     containers: Arc<Containers>,
+    changes: Changes,
 }
 
 #[async_trait]
@@ -270,6 +275,15 @@ impl Agent for Service {
         request: UpdateNetworkRequest,
     ) -> TtrpcResult<Empty> {
         network::update(&request).await?;
+        Ok(Empty::new())
+    }
+
+    async fn raise_changes(
+        &self,
+        _context: &TtrpcContext,
+        request: RaiseChangesRequest,
+    ) -> TtrpcResult<Empty> {
+        self.changes.raise(request.changes).await?;
         Ok(Empty::new())
     }
 }

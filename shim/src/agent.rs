@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use containerd_shim::protos::ttrpc;
 use husk_protocol::agent::{
-    CreateContainerRequest, ExecProcessRequest, ListProcessesRequest, PauseContainerRequest,
-    Process, RemoveContainerRequest, RemoveProcessRequest, ResizeTtyRequest,
-    ResumeContainerRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
-    StatsContainerResponse, UpdateContainerRequest, UpdateNetworkRequest, WaitOomRequest,
-    WaitProcessRequest,
+    Change, CreateContainerRequest, ExecProcessRequest, ListProcessesRequest,
+    PauseContainerRequest, Process, RaiseChangesRequest, RemoveContainerRequest,
+    RemoveProcessRequest, ResizeTtyRequest, ResumeContainerRequest, SignalProcessRequest,
+    StartContainerRequest, StatsContainerRequest, StatsContainerResponse, UpdateContainerRequest,
+    UpdateNetworkRequest, WaitOomRequest, WaitProcessRequest,
 };
 use husk_protocol::agent_ttrpc::AgentClient;
 use log::warn;
@@ -270,6 +270,19 @@ impl Agent {
         self.call(
             "UpdateNetwork",
             self.client.update_network(Context::default(), request),
+        )
+        .await
+        .map(drop)
+    }
+
+    pub(crate) async fn raise_changes(&self, changes: Vec<Change>) -> Result<(), Error> {
+        let request = RaiseChangesRequest {
+            changes,
+            ..Default::default()
+        };
+        self.call(
+            "RaiseChanges",
+            self.client.raise_changes(Context::default(), &request),
         )
         .await
         .map(drop)

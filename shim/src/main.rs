@@ -3,6 +3,7 @@
 
 mod agent;
 mod cgroup;
+mod changes;
 mod console;
 mod container;
 mod disks;

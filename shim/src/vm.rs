@@ -18,8 +18,10 @@ use std::time::{Duration, Instant};
 
 use husk_config::{Cache, Config, Sharing, Storage};
 use husk_protocol::agent::Folder;
-use husk_protocol::{AGENT_PORT, GUEST_CID, READY_PORT, SHARE_TAG};
-use husk_vmm::config::{CachePolicy, DiskConfig, ShareConfig, ShareProtocol, VmConfig};
+use husk_protocol::{AGENT_PORT, GUEST_CID, READY_PORT, SHARE_TAG, notice};
+use husk_vmm::config::{
+    CachePolicy, DiskConfig, NoticeGids, ShareConfig, ShareProtocol, VmConfig, WatchConfig,
+};
 use husk_vmm::control::Event;
 use log::{info, warn};
 use tokio::net::UnixStream;
@@ -29,11 +31,12 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::agent::Agent;
+use crate::changes;
 use crate::console::{LastLines, follow};
 use crate::error::Error;
 use crate::network::Network;
 use crate::size::{VmSize, VmSizes};
-use crate::storage::Disk;
+use crate::storage::{Disk, VOLUME_PREFIX};
 use crate::vmm::{self, Worker};
 
 /// How long the console may take to end once its only writer is dead.
@@ -172,7 +175,7 @@ impl Vm {
                 path: share.to_owned(),
                 cache: cache_policy(storage),
                 protocol: protocol(storage),
-                watch: None,
+                watch: watch(storage),
             }],
             disks: Vec::new(),
             nics: network.nics(),
@@ -375,6 +378,7 @@ struct Starting {
     pid: u32,
     end: End,
     ready: watch::Receiver<bool>,
+    changed: Arc<Notify>,
     stopped: Arc<AtomicBool>,
     console: LastLines,
 }
@@ -401,10 +405,12 @@ impl Starting {
         let (end_sender, end) = End::channel();
         let (ready_sender, ready) = watch::channel(false);
         let stopped = Arc::new(AtomicBool::new(false));
+        let changed = Arc::new(Notify::new());
         let watcher = Watcher {
             child,
             events,
             ready: ready_sender,
+            changed: changed.clone(),
             end: end_sender,
             stopped: stopped.clone(),
             console: (console_task, console_lines.clone()),
@@ -416,6 +422,7 @@ impl Starting {
             pid,
             end,
             ready,
+            changed,
             stopped,
             console: console_lines,
         }
@@ -463,6 +470,13 @@ impl Starting {
         phases: Phases,
     ) -> Vm {
         network.serve(&self.worker.0, &agent, &self.end);
+        let raising = changes::raise(
+            self.worker.0.clone(),
+            agent.clone(),
+            self.end.clone(),
+            self.changed,
+        );
+        tokio::spawn(raising);
         Vm {
             agent,
             worker: self.worker,
@@ -488,6 +502,24 @@ fn protocol(storage: Storage) -> ShareProtocol {
             dax_window_mib: storage.dax_window_mib(),
         },
         Sharing::NineP => ShareProtocol::P9,
+    }
+}
+
+/// What is watched of it: what kubelet and others may change. A container's root file system is the container's alone.
+fn watch(storage: Storage) -> Option<WatchConfig> {
+    match storage.sharing() {
+        Sharing::VirtioFs => Some(WatchConfig {
+            prefix: VOLUME_PREFIX.to_owned(),
+            gids: NoticeGids {
+                changed: notice::CHANGED,
+                created: notice::CREATED,
+                gone_file: notice::GONE_FILE,
+                gone_folder: notice::GONE_FOLDER,
+                moved_file: notice::MOVED_FILE,
+                moved_folder: notice::MOVED_FOLDER,
+            },
+        }),
+        Sharing::NineP => None,
     }
 }
 
@@ -536,6 +568,8 @@ struct Watcher {
     child: Child,
     events: mpsc::UnboundedReceiver<Event>,
     ready: watch::Sender<bool>,
+    /// Told when others have changed files of the guest.
+    changed: Arc<Notify>,
     end: watch::Sender<Option<Arc<str>>>,
     stopped: Arc<AtomicBool>,
     console: (JoinHandle<()>, LastLines),
@@ -548,8 +582,7 @@ impl Watcher {
         while let Some(event) = self.events.recv().await {
             match event {
                 Event::Ready => drop(self.ready.send_replace(true)),
-                // Nothing is watched.
-                Event::FilesChanged => {}
+                Event::FilesChanged => self.changed.notify_one(),
                 Event::Exited(reason) => exit = Some(reason),
             }
         }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use husk_vmm::config::{DiskConfig, NicConfig, VmConfig};
-use husk_vmm::control::{self, Call, Event, Message, Reply, Request, Resize};
+use husk_vmm::control::{self, Call, Event, FileChange, Message, Reply, Request, Resize};
 use husk_vmm::worker;
 use log::error;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -177,6 +177,18 @@ impl Worker {
             Ok((other, _)) => Err(unexpected(question, &other)),
             Err(message) => Err(Error::WorkerProtocol {
                 question,
+                answer: message,
+            }),
+        }
+    }
+
+    /// Takes the first of what others have changed in the shared folder, and tells whether there is more.
+    pub(crate) async fn take_changes(&self) -> Result<(Vec<FileChange>, bool), Error> {
+        match self.call(Call::TakeChanges, &[]).await? {
+            Ok((Reply::Changes { changes, more }, _)) => Ok((changes, more)),
+            Ok((other, _)) => Err(unexpected("TakeChanges", &other)),
+            Err(message) => Err(Error::WorkerProtocol {
+                question: "TakeChanges",
                 answer: message,
             }),
         }

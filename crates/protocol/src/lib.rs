@@ -56,3 +56,21 @@ pub const DISK_MOUNTS: &str = "/run/husk/disks";
 
 /// Where the volumes are that live in the guest's memory, each in a folder that the shim names.
 pub const POD_VOLUMES: &str = "/run/husk/pod/volumes";
+
+/// The file system group ids by which the agent tells the guest's kernel what the host has changed: what root does in the
+/// shared folder with one of them is answered by the host as if it had been done, and is not done. Nobody gives ids of this
+/// range to groups.
+pub mod notice {
+    /// To set the times of a file, or to open it for writing.
+    pub const CHANGED: u32 = 0xf000_4e00;
+    /// To make what the host has made.
+    pub const CREATED: u32 = 0xf000_4e01;
+    /// To remove what is no more, other than a folder.
+    pub const GONE_FILE: u32 = 0xf000_4e02;
+    /// To remove a folder that is no more.
+    pub const GONE_FOLDER: u32 = 0xf000_4e03;
+    /// To rename what has been renamed, other than a folder.
+    pub const MOVED_FILE: u32 = 0xf000_4e04;
+    /// To rename a folder that has been renamed.
+    pub const MOVED_FOLDER: u32 = 0xf000_4e05;
+}

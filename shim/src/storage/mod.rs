@@ -36,6 +36,7 @@ use volume::{Places, Volume, Volumes};
 pub(crate) use disk::{DeviceDisk, Disk, RootDisk};
 pub(crate) use idmap::IdMaps;
 pub(crate) use source::{Source, look};
+pub(crate) use volume::PREFIX as VOLUME_PREFIX;
 
 /// The tmpfs holds mount points, nothing else: this bounds what a guest that can write below `share` could fill.
 const TMPFS_OPTIONS: &str = "mode=0700,size=1m,nr_inodes=64k";

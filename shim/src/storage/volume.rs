@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::spec::Bind;
 
 /// Before the number of a volume: no container's id begins with a dot.
-const PREFIX: &str = ".volume-";
+pub(crate) const PREFIX: &str = ".volume-";
 
 /// The volumes that containers have.
 #[derive(Debug, Default)]
