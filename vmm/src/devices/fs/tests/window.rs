@@ -5,6 +5,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount_bind, mount_change, mount_remount,
+    unmount,
+};
+use rustix::thread::UnshareFlags;
 use vm_memory::GuestAddress;
 
 use super::*;
@@ -204,6 +209,38 @@ fn a_mapping_has_the_rights_that_are_asked_for() {
     assert_eq!(window.rights(CHUNK), "r--s");
     guest.unmap(node, &[(0, CHUNK), (CHUNK, CHUNK)]).unwrap();
     assert_eq!([window.rights(0), window.rights(CHUNK)], ["---p", "---p"]);
+}
+
+#[test]
+fn what_is_mounted_to_be_read_is_not_mapped_to_be_written() {
+    if without_root() {
+        return;
+    }
+    // In a mount namespace of its own, which the device's threads inherit.
+    let test = std::thread::spawn(|| {
+        // SAFETY: asks for no descriptor table of its own (CLONE_FILES), which is what could be unsound.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        mount_change("/", private).unwrap();
+        let (mut guest, window) = Guest::windowed();
+        let below = guest.path("below");
+        fs::create_dir(&below).unwrap();
+        fs::write(below.join("file"), "content").unwrap();
+        mount_bind(&below, &below).unwrap();
+        mount_remount(&below, MountFlags::BIND | MountFlags::RDONLY, c"").unwrap();
+        let below = guest.lookup(ROOT_ID, "below").unwrap().nodeid;
+        let node = guest.lookup(below, "file").unwrap().nodeid;
+        let refused = guest.map(node, 0, CHUNK, READ | WRITE, 0);
+        assert_eq!(refused, Err(libc::EROFS));
+        assert_eq!(window.rights(0), "---p");
+        guest.map(node, 0, CHUNK, READ, 0).unwrap();
+        assert_eq!(window.rights(0), "r--s");
+        let refused = guest.map(node, 0, CHUNK, READ | WRITE, 0);
+        assert_eq!(refused, Err(libc::EROFS));
+        assert_eq!(window.rights(0), "r--s");
+        unmount(guest.path("below"), UnmountFlags::DETACH).unwrap();
+    });
+    test.join().unwrap();
 }
 
 #[test]
