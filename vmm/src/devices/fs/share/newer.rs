@@ -109,7 +109,7 @@ impl Share {
             // A name follows, which is nobody's.
             TMPFILE => read(body).and_then(|asked| self.make_unnamed(&ctx, header.nodeid, &asked)),
             GETATTR if self.window.is_some() => {
-                read(body).and_then(|asked| self.get_attr(header.nodeid, &asked))
+                read(body).and_then(|asked| self.get_attr(&ctx, header.nodeid, &asked))
             }
             CREATE if self.window.is_some() => {
                 read(body).and_then(|asked| self.make_file(&ctx, header.nodeid, asked, body))
@@ -156,16 +156,26 @@ impl Share {
         Some(agreed).filter(|agreed| agreed.flags2 != 0 || agreed.map_alignment != 0)
     }
 
-    fn get_attr(&self, inode: u64, asked: &GetattrIn) -> io::Result<Vec<u8>> {
+    fn get_attr(&self, ctx: &Context, inode: u64, asked: &GetattrIn) -> io::Result<Vec<u8>> {
         let handle = (asked.flags & BY_HANDLE != 0).then_some(asked.fh);
-        let stat = self.stat(inode, handle)?;
-        self.sized(inode, stat.stx_size);
-        let timeout = self.attr_timeout(&stat);
+        let (attr, valid, flags) = if self.notice(ctx).is_some() {
+            let (attr, valid) = self.getattr(ctx, inode, handle)?;
+            (attr, valid, 0)
+        } else {
+            let stat = self.stat(inode, handle)?;
+            self.sized(inode, stat.stx_size);
+            let attr = node::stat64_of(&stat);
+            (
+                attr,
+                self.attr_timeout(&stat),
+                self.attr_flags(inode, &stat),
+            )
+        };
         let answer = AttrOut {
-            attr_valid: timeout.as_secs(),
-            attr_valid_nsec: timeout.subsec_nanos(),
+            attr_valid: valid.as_secs(),
+            attr_valid_nsec: valid.subsec_nanos(),
             dummy: 0,
-            attr: Attr::with_flags(node::stat64_of(&stat), self.attr_flags(inode, &stat)),
+            attr: Attr::with_flags(attr, flags),
         };
         Ok(answer.as_slice().to_vec())
     }

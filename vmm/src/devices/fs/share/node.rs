@@ -561,9 +561,14 @@ impl Table {
         if self.names.get(&key) != Some(&number) {
             return;
         }
-        match node.older {
-            Some(older) if self.nodes.contains_key(&older) => self.names.insert(key, older),
-            _ => self.names.remove(&key),
+        // That may have another name by now, under which it is to be found, and to be forgotten.
+        let has_name = |older: &u64| {
+            let older = self.nodes.get(older);
+            older.is_some_and(|older| older.parent == node.parent && older.name == node.name)
+        };
+        match node.older.filter(has_name) {
+            Some(older) => self.names.insert(key, older),
+            None => self.names.remove(&key),
         };
     }
 

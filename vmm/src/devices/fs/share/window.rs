@@ -547,7 +547,14 @@ impl Share {
             OFlags::RDONLY
         };
         let flags = mode | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        self.reopen(anchor, libc::S_IFREG, flags)
+        let file = self.reopen(anchor, libc::S_IFREG, flags)?;
+        // What the guest is told of a file does not keep it from asking. Other file systems may map more than they are asked
+        // for (hugetlbfs rounds lengths up), or take for ever to say how long a file is.
+        if SILENT.contains(&rustix::fs::fstatfs(&file)?.f_type) {
+            Ok(file)
+        } else {
+            Err(Errno::NODEV.into())
+        }
     }
 
     /// FUSE_SETUPMAPPING.
@@ -648,8 +655,11 @@ impl Share {
     pub(super) fn remove_mappings(&self, body: &mut Readable<'_>) -> io::Result<()> {
         let window = self.window.as_ref().ok_or(Errno::NOSYS)?;
         let count: u32 = body.read_obj().ok_or(Errno::INVAL)?;
+        // No piece has to be named twice.
+        let mut left = window.memory.len() / CHUNK;
         for _ in 0..count {
             let one: RemoveMappingOne = body.read_obj().ok_or(Errno::INVAL)?;
+            left = left.checked_sub(one.len / CHUNK).ok_or(Errno::INVAL)?;
             let mut table = window.lock();
             for index in pieces_of(window, one.moffset, one.len)? {
                 window.release(&mut table, index)?;

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
-use fuse_backend_rs::abi::fuse_abi::RenameIn;
+use fuse_backend_rs::abi::fuse_abi::{AttrOut, GetattrIn, RenameIn};
+use vm_memory::GuestAddress;
 
 use super::*;
 use crate::changes::Changes;
 use crate::config::{NoticeGids, WatchConfig};
+use crate::virtio::SharedMemory;
 
 const GIDS: NoticeGids = NoticeGids {
     changed: 1001,
@@ -19,7 +21,11 @@ const GIDS: NoticeGids = NoticeGids {
 
 fn watched(writeback: bool) -> Guest {
     let folder = TempDir::new().unwrap();
-    let mut device = device_with(folder.path(), CachePolicy::Auto, writeback);
+    let device = device_with(folder.path(), CachePolicy::Auto, writeback);
+    watching(device, folder)
+}
+
+fn watching(mut device: FsDevice, folder: TempDir) -> Guest {
     let config = WatchConfig {
         prefix: ".volume-".to_owned(),
         gids: GIDS,
@@ -84,6 +90,35 @@ impl Guest {
     fn rename(&mut self, parent: u64, from: &str, to: &str) -> Answer {
         let body = named(RenameIn { newdir: parent }.as_slice(), from);
         self.ask(Opcode::Rename, parent, &named(&body, to), 0)
+    }
+}
+
+/// The guest's kernel asks for them before it removes the file.
+#[test]
+fn a_file_that_is_gone_has_attributes_for_a_notice_with_a_window_and_without() {
+    let folder = TempDir::new().unwrap();
+    let window = SharedMemory::new(GuestAddress(1 << 36), SharedMemory::UNIT).unwrap();
+    let mut share = Share::new(folder.path(), CachePolicy::Auto, false).unwrap();
+    share.set_window(Arc::new(window)).unwrap();
+    let tag = Tag::try_from("husk".to_owned()).unwrap();
+    let device = FsDevice::new(tag, share, VCPUS, |_| Ok(())).unwrap();
+    for mut guest in [watching(device, folder), watched(false)] {
+        let volume = guest.volume();
+        // The first file of a file system is looked at whether it can be mapped, and so has a descriptor.
+        for name in ["first", "gone"] {
+            guest.host_writes(name, "content");
+            guest.lookup(volume, name).unwrap();
+        }
+        let gone = guest.lookup(volume, "gone").unwrap().nodeid;
+        fs::remove_file(guest.path(".volume-0/gone")).unwrap();
+        let ask = |guest: &mut Guest| {
+            let asked = GetattrIn::default();
+            let answer = guest.ask(Opcode::Getattr, gone, asked.as_slice(), 256)?;
+            Ok::<AttrOut, i32>(object(&answer))
+        };
+        let told = guest.notify(GIDS.gone_file, ask).unwrap();
+        assert_eq!(told.attr.mode & libc::S_IFMT, libc::S_IFREG);
+        assert_eq!(ask(&mut guest).map(drop), Err(libc::ESTALE));
     }
 }
 

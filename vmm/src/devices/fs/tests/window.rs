@@ -190,6 +190,20 @@ fn files_that_do_not_say_when_they_change_are_not_mapped() {
     guest.init();
     let entry = guest.lookup(ROOT_ID, "version").unwrap();
     assert_eq!(entry.attr.flags, 0);
+    // Nor for one that asks nevertheless.
+    let answer = guest.map(entry.nodeid, 0, CHUNK, READ, 0);
+    assert_eq!(answer, Err(libc::ENODEV));
+}
+
+#[test]
+fn no_piece_is_let_go_of_more_than_once_in_a_request() {
+    let (mut guest, window) = Guest::windowed();
+    let node = guest.file("file", CHUNK);
+    guest.map(node, 0, CHUNK, READ, 0).unwrap();
+    assert_eq!(guest.unmap(node, &[(0, 4 * CHUNK)]), Ok(Vec::new()));
+    assert_eq!(window.rights(0), "---p");
+    let answer = guest.unmap(node, &[(0, 4 * CHUNK), (0, CHUNK)]);
+    assert_eq!(answer, Err(libc::EINVAL));
 }
 
 #[test]
