@@ -7,7 +7,7 @@ import subprocess
 
 import api
 from cri import PodCase
-from harness import RUNTIMES, Case, Task, since, start_containerd, stop_containerd, wait_until
+from harness import RUNTIMES, Case, Task, show_cgroup, since, start_containerd, stop_containerd, wait_until
 
 # Where containerd keeps the layers of images, and files of the pods.
 DATA = "/var/lib/containerd"
@@ -276,10 +276,7 @@ class Resources(Case):
     def test_weight_of_io(self):
         def edit(spec):
             spec["linux"]["resources"]["blockIO"] = {"weight": 500}
-            if not any(namespace["type"] == "cgroup" for namespace in spec["linux"]["namespaces"]):
-                spec["linux"]["namespaces"].append({"type": "cgroup"})
-            spec["mounts"].append({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-                                   "options": ["ro", "nosuid", "noexec", "nodev"]})
+            show_cgroup(spec)
 
         out = self.run_spec(edit, "sh", "-c", "cat /sys/fs/cgroup/io.bfq.weight 2>/dev/null || cat /sys/fs/cgroup/io.weight", code=0).out
         # A kernel with BFQ takes the weight as it is, the others take it from another scale.

@@ -4,7 +4,7 @@ import json
 import os
 import stat
 
-from harness import Case, Events, since, wait_until
+from harness import Case, Events, show_cgroup, since, wait_until
 
 # linux/capability.h
 CAP_CHOWN, CAP_SYS_ADMIN = 0, 21
@@ -217,10 +217,7 @@ class Spec(Case):
             spec["linux"]["resources"].update({
                 "pids": {"limit": 17}, "memory": {"limit": 64 << 20, "reservation": 32 << 20},
                 "cpu": {"shares": 512, "quota": 30000, "period": 100000}})
-            if not any(namespace["type"] == "cgroup" for namespace in spec["linux"]["namespaces"]):
-                spec["linux"]["namespaces"].append({"type": "cgroup"})
-            spec["mounts"].append({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-                                   "options": ["ro", "nosuid", "noexec", "nodev"]})
+            show_cgroup(spec)
 
         out = self.run_spec(edit, "sh", "-c", "cd /sys/fs/cgroup; cat pids.max memory.max memory.low cpu.weight cpu.max", code=0).out
         pids, limit, reservation, weight, quota = out.splitlines()

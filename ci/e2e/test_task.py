@@ -6,7 +6,7 @@ import re
 import subprocess
 
 import api
-from harness import IMAGE, RUNTIMES, TIMEOUT_S, Case, Events, Task, as_alice, wait_until
+from harness import IMAGE, RUNTIMES, TIMEOUT_S, Case, Events, Task, as_alice, show_cgroup, wait_until
 
 
 class TaskTest(Case):
@@ -162,6 +162,7 @@ class TaskTest(Case):
                 "throttleWriteBpsDevice": [{"rate": 1 << 20, **numbers}],
                 "throttleReadIOPSDevice": [{"rate": 70, **numbers}],
             }
+            show_cgroup(spec)
 
         show = "cat /sys/fs/cgroup/io.max; printf '%d:%d' $(stat -c '0x%t 0x%T' /dev/disk)"
         limits, device = self.run_spec(edit, "sh", "-c", show, code=0).out.splitlines()
