@@ -83,6 +83,11 @@ const SILENT: [i64; 6] = [
 
 const OVERLAYFS: i64 = 0x794c_7630;
 
+/// Whether a file is on one of the [`SILENT`].
+fn is_silent(file: impl AsFd) -> io::Result<bool> {
+    Ok(SILENT.contains(&rustix::fs::fstatfs(file)?.f_type))
+}
+
 /// Where Linux has the ACLs that a folder's new files inherit.
 const DEFAULT_ACL: &CStr = c"system.posix_acl_default";
 
@@ -384,8 +389,7 @@ impl Share {
             CachePolicy::None => OpenOptions::DIRECT_IO,
             CachePolicy::Always => OpenOptions::KEEP_CACHE,
         };
-        let silent = rustix::fs::fstatfs(file).is_ok_and(|fs| SILENT.contains(&fs.f_type));
-        if !silent {
+        if !is_silent(file).unwrap_or(false) {
             return cached;
         }
         // SAFETY: what the library does with options is to send their bits to the guest, which knows this one.

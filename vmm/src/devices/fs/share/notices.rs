@@ -5,8 +5,9 @@
 //! The kernel raises its events for what it does itself, so a file is made in the guest that the host has made already, a
 //! name is removed that is gone, and times are set to what they are. Such a *notice* is known by its group, of which there
 //! is one for each kind: root of the guest, with the file system group id that [`NoticeGids`] has for it. Any other process of
-//! the guest that takes such a group finds that nothing which it does is done; it gets nothing by it that it had not got
-//! without, since a notice is served as less than the same request of anybody: see [`may_serve`](Share::may_serve).
+//! the guest that takes such a group finds that nothing which it does is done, and deceives its own guest's kernel (see
+//! docs/src/security.md); it gets nothing of the host by it that it had not got without, since a notice is served as less
+//! than the same request of anybody: see [`may_serve`](Share::may_serve).
 
 use std::ffi::CStr;
 use std::io;

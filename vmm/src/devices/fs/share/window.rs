@@ -27,12 +27,13 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 use vm_memory::ByteValued;
 
-use super::{OVERLAYFS, SILENT, Share, node, path_of};
+use super::{OVERLAYFS, Share, is_silent, node, path_of};
 use crate::devices::fs::FsError;
 use crate::virtio::SharedMemory;
 use crate::virtio::queue::Readable;
 
-/// What Linux maps at once. Other pieces are refused, so that there are no more mappings than the window has such pieces.
+/// What Linux maps at once. Other pieces are refused, so that the guest makes no more than two mappings of each of the window's:
+/// the file, and what is behind its end.
 pub(super) const CHUNK: u64 = SharedMemory::UNIT;
 
 /// FUSE_ATTR_DAX.
@@ -383,8 +384,7 @@ impl Share {
         let known = window.kinds().get(&key).copied();
         let suits = known.unwrap_or_else(|| {
             let descriptor = self.nodes.descriptor(inode);
-            let kind = descriptor.and_then(|file| Ok(rustix::fs::fstatfs(&*file)?.f_type));
-            let suits = kind.is_ok_and(|kind| SILENT.contains(&kind));
+            let suits = descriptor.and_then(is_silent).unwrap_or(false);
             let mut kinds = window.kinds();
             if kinds.len() >= MAX_KINDS {
                 kinds.clear();
@@ -550,7 +550,7 @@ impl Share {
         let file = self.reopen(anchor, libc::S_IFREG, flags)?;
         // What the guest is told of a file does not keep it from asking. Other file systems may map more than they are asked
         // for (hugetlbfs rounds lengths up), or take for ever to say how long a file is.
-        if SILENT.contains(&rustix::fs::fstatfs(&file)?.f_type) {
+        if is_silent(&file)? {
             Ok(file)
         } else {
             Err(Errno::NODEV.into())
