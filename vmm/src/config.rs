@@ -87,6 +87,19 @@ pub struct NoticeGids {
     pub moved_folder: u32,
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+impl NoticeGids {
+    /// Groups for a test: 1 to 6.
+    pub const EXAMPLE: Self = Self {
+        changed: 1,
+        created: 2,
+        gone_file: 3,
+        gone_folder: 4,
+        moved_file: 5,
+        moved_folder: 6,
+    };
+}
+
 /// What guest and worker speak of a shared folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
@@ -581,14 +594,7 @@ mod tests {
             protocol,
             watch: Some(WatchConfig {
                 prefix: ".volume-".to_owned(),
-                gids: NoticeGids {
-                    changed: 1,
-                    created: 2,
-                    gone_file: 3,
-                    gone_folder: 4,
-                    moved_file: 5,
-                    moved_folder: 6,
-                },
+                gids: NoticeGids::EXAMPLE,
             }),
         };
         let fuse = ShareProtocol::Fuse {

@@ -10,14 +10,7 @@ use crate::changes::Changes;
 use crate::config::{NoticeGids, WatchConfig};
 use crate::virtio::SharedMemory;
 
-const GIDS: NoticeGids = NoticeGids {
-    changed: 1001,
-    created: 1002,
-    gone_file: 1003,
-    gone_folder: 1004,
-    moved_file: 1005,
-    moved_folder: 1006,
-};
+const GIDS: NoticeGids = NoticeGids::EXAMPLE;
 
 fn watched(writeback: bool) -> Guest {
     let folder = TempDir::new().unwrap();

@@ -46,14 +46,7 @@ impl Scene {
         let mut share = Share::new(folder.path(), CachePolicy::Auto, false).unwrap();
         let config = WatchConfig {
             prefix: ".volume-".to_owned(),
-            gids: NoticeGids {
-                changed: 101,
-                created: 102,
-                gone_file: 103,
-                gone_folder: 104,
-                moved_file: 105,
-                moved_folder: 106,
-            },
+            gids: NoticeGids::EXAMPLE,
         };
         let news = share.watch(config).unwrap();
         share.init(FsOptions::all()).unwrap();
