@@ -274,6 +274,12 @@ impl Nodes {
         self.lock().nodes.len()
     }
 
+    /// How many names lead to files that are watched.
+    #[cfg(test)]
+    pub(super) fn names(&self) -> usize {
+        self.lock().names.len()
+    }
+
     /// A number that nothing else has, node or open file.
     pub(super) fn number(&self) -> u64 {
         self.lock().number()

@@ -483,3 +483,27 @@ fn guest_keeps_what_is_written_only_if_it_said_so() {
         share.destroy();
     }
 }
+
+#[test]
+fn names_of_watched_files_are_forgotten_with_them() {
+    let mut scene = Folder::new();
+    let config = WatchConfig {
+        prefix: "volume".to_owned(),
+        gids: NoticeGids::EXAMPLE,
+    };
+    scene.share.watch(config).unwrap();
+    scene.write("volume/file");
+    let folder = scene.walk("volume");
+    let first = scene.lookup(folder, "file").unwrap().inode;
+    fs::rename(scene.path("volume/file"), scene.path("volume/moved")).unwrap();
+    scene.write("volume/file");
+    let second = scene.lookup(folder, "file").unwrap().inode;
+    assert_eq!(scene.lookup(folder, "moved").unwrap().inode, first);
+    assert_eq!(scene.share.nodes.names(), 3);
+    // The one that had its name before has another now.
+    scene.share.forget(&ROOT, second, 1);
+    assert_eq!(scene.share.nodes.names(), 2);
+    scene.share.forget(&ROOT, first, 2);
+    scene.share.forget(&ROOT, folder, 1);
+    assert_eq!(scene.share.nodes.names(), 0);
+}
