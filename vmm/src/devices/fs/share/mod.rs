@@ -193,6 +193,15 @@ impl Share {
         Ok(news)
     }
 
+    /// Serves notices without anybody who watches: for who makes all changes himself.
+    ///
+    /// # Errors
+    /// Of eventfd(2).
+    #[cfg(feature = "fuzzing")]
+    pub fn take_notices(&mut self, config: WatchConfig) -> io::Result<()> {
+        self.watch(config).map(drop)
+    }
+
     /// A descriptor that stands for a file that the guest knows, and whether that is a folder.
     ///
     /// # Errors
