@@ -621,10 +621,10 @@ class Case(unittest.TestCase):
             self.ctr("images", "unmount", "--rm", target, code=0)
         return copy
 
-    def mount_disk(self, folder, size, *options):
+    def mount_disk(self, folder, size, *options, made_with=()):
         """Makes a folder the root of an ext4 of its own, until the test ends."""
         image = f"{folder}.ext4"
-        self.command("mkfs.ext4", "-q", image, size, code=0)
+        self.command("mkfs.ext4", "-q", *made_with, image, size, code=0)
         self.command("mount", "-o", ",".join(["loop", *options]), image, folder, code=0)
         self.addCleanup(subprocess.run, ["umount", folder], check=True)
 

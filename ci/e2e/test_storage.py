@@ -31,6 +31,56 @@ class Storage(Case):
         self.assertGreater(os.stat(f"{self.share}/large").st_size, 8 << 20)
         task.exec("sh", "-c", "rm /share/large && echo room >/share/small", code=0)
 
+    def mount_quotas(self):
+        """Makes the folder a disk of which there is 1 MiB, and ten files, for alice, and as much for a project of root's."""
+        self.mount_disk(self.share, "16M", "usrquota", "prjquota",
+                        made_with=["-O", "quota,project", "-E", "quotatype=usrquota:prjquota"])
+        for kind, number in (("-u", "1000"), ("-P", "7")):
+            self.command("setquota", kind, number, "0", "1024", "0", "10", self.share, code=0)
+        for name in ("alices", "project"):
+            os.mkdir(f"{self.share}/{name}")
+        os.chown(f"{self.share}/alices", 1000, 1000)
+        self.command("chattr", "+P", "-p", "7", f"{self.share}/project", code=0)
+
+    def test_a_quota(self):
+        self.mount_quotas()
+        task = self.start(options=self.mount())
+        for folder, user in (("alices", as_alice()), ("project", [])):
+            path = f"/share/{folder}"
+            full = task.exec("dd", "if=/dev/zero", f"of={path}/large", "bs=64k", options=user, code=1)
+            self.assertIn("Disk quota exceeded", full.err)
+            size = os.stat(f"{self.share}/{folder}/large").st_size
+            self.assertTrue(512 << 10 < size <= 1 << 20, size)
+            task.exec("rm", f"{path}/large", options=user, code=0)
+            # The folder is one of the ten.
+            for make, count in (("touch", 5), ("mkdir", 4)):
+                made = [f"{path}/{make}-{n}" for n in range(count)]
+                task.exec(make, *made, options=user, code=0)
+            for make in (["touch"], ["mkdir"], ["ln", "-s", "nowhere"], ["mkfifo"]):
+                self.assertIn("Disk quota exceeded", task.exec(*make, f"{path}/more", options=user, code=1).err)
+            task.exec("sh", "-c", f"rm -r {path}/* && echo room >{path}/small", options=user, code=0)
+        # Whose file it is counts, not who writes to it.
+        root = task.exec("sh", "-c", "dd if=/dev/zero bs=64k count=32 >>/share/alices/small", code=1)
+        self.assertIn("Disk quota exceeded", root.err)
+        task.exec("dd", "if=/dev/zero", "of=/share/roots", "bs=64k", "count=32", code=0)
+        given = task.exec("chown", "1000", "/share/roots", code=1)
+        self.assertIn("Disk quota exceeded", given.err)
+        # statfs(2): of a project there is no more than its limit.
+        blocks, size = task.exec("stat", "-f", "-c", "%b %S", "/share/project", code=0).out.split()
+        self.assertEqual(int(blocks) * int(size), 1 << 20)
+
+    def test_a_quota_where_the_guest_keeps_what_is_written(self):
+        self.mount_quotas()
+        for key in ("writeback = true", 'sharing = "9p"'):
+            options = self.mount_with(key)
+            with self.subTest(key):
+                task = self.start(options=options)
+                full = task.exec("dd", "if=/dev/zero", "of=/share/alices/large", "bs=64k", "count=32", "conv=fsync",
+                                 options=as_alice(), code=1)
+                self.assertIn("Disk quota exceeded", full.err)
+                task.exec("sh", "-c", "rm /share/alices/large && echo room >/share/alices/small && sync",
+                          options=as_alice(), code=0)
+
     def test_a_read_only_disk(self):
         self.mount_disk(self.share, "16M", "ro")
         for write in (["touch", "/share/new"], ["rmdir", "/share/lost+found"], ["chmod", "0700", "/share"]):
@@ -157,6 +207,14 @@ class Storage(Case):
         full = task.exec("sh", "-c", "truncate -s 64M /share/file; dd if=/dev/zero of=/share/file bs=1M conv=notrunc", code=1)
         self.assertIn("No space left on device", full.err)
         task.exec("sh", "-c", "rm /share/file && echo room >/share/small", code=0)
+
+    def test_a_quota_behind_a_dax_window(self):
+        self.mount_quotas()
+        task = self.start(options=self.mount_with("dax_window_mib = 16"))
+        full = task.exec("sh", "-c", "cd /share/alices; truncate -s 8M file; dd if=/dev/zero of=file bs=1M conv=notrunc",
+                         options=as_alice(), code=1)
+        self.assertIn("Disk quota exceeded", full.err)
+        task.exec("sh", "-c", "rm /share/alices/file && echo room >/share/alices/small", options=as_alice(), code=0)
 
     def test_a_dax_window_without_inotify(self):
         options = self.mount_with("dax_window_mib = 16")
