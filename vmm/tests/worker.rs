@@ -171,6 +171,15 @@ impl Worker {
         }
     }
 
+    /// The io_urings that it has.
+    fn rings(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id()))
+            .unwrap()
+            .filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok())
+            .filter(|target| target == Path::new("anon_inode:[io_uring]"))
+            .count()
+    }
+
     /// Waits until the guest says something.
     fn wait_for(&mut self, text: &str) {
         let mut said = String::new();
@@ -546,7 +555,10 @@ fn devices_come_and_go_in_the_jail() {
             file.set_len(1 << 20).unwrap();
             worker.plug(Call::AddDisk(disk), &[file.into()], Reply::Added);
             worker.wait_for(&format!("HUSK disk {serial}"));
+            // One for each queue of the disk of the start and of this one: what the jail forbids would be done without.
+            assert_eq!(worker.rings(), 4);
             worker.plug(Call::RemoveDisk { serial }, &[], Reply::Removed);
+            assert_eq!(worker.rings(), 2);
         }
         for (last, vhost) in [(1, false), (2, true)] {
             let nic = NicConfig {

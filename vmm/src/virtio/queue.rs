@@ -36,7 +36,7 @@ const USED_ELEMENT: u64 = 8;
 pub const MAX_SILENCE: Duration = Duration::from_micros(100);
 
 /// How long a thread serves one queue before it looks at what else there is to do.
-const MAX_TURN: Duration = Duration::from_millis(10);
+pub const MAX_TURN: Duration = Duration::from_millis(10);
 
 /// The rings themselves are unusable. The device cannot go on without a reset.
 #[derive(Debug, thiserror::Error)]
@@ -492,6 +492,30 @@ impl<'m> Segments<'m> {
     }
 }
 
+// SAFETY: of its fields only the addresses in the slices keep it from being `Send`. They point into memory that is shared
+// with the guest, to which all access is volatile, whichever thread it is from; what keeps it mapped for `'m` is `Sync`.
+unsafe impl Send for Segments<'_> {}
+
+/// Buffers as a system call takes them that goes on after it has returned. They are no more than addresses of guest memory,
+/// and hold for as long as what they were made from.
+#[derive(Debug)]
+pub struct Iovecs(Vec<libc::iovec>);
+
+// SAFETY: they are addresses, which nothing here follows. Who does has to know that they hold, whatever the thread.
+unsafe impl Send for Iovecs {}
+
+impl Iovecs {
+    /// Where the first is. It stays there when this is moved.
+    pub fn as_ptr(&self) -> *const libc::iovec {
+        self.0.as_ptr()
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u32 {
+        u32::try_from(self.0.len()).expect("at most MAX_SEGMENTS")
+    }
+}
+
 /// Runs a vectored system call, repeated while interrupted.
 fn run_vectored(
     iovecs: &[libc::iovec],
@@ -547,6 +571,11 @@ impl<'m> Readable<'m> {
     /// The pieces of guest memory that it is made of.
     pub fn pieces(&self) -> impl Iterator<Item = &VolatileSlice<'m>> {
         self.0.slices.iter()
+    }
+
+    /// What is left, for a system call that reads it later.
+    pub fn iovecs(&self) -> Iovecs {
+        Iovecs(self.0.iovecs().collect())
     }
 
     /// Copies an object out. `None`, and nothing consumed, if it is not there whole.
@@ -639,6 +668,11 @@ impl<'m> Writable<'m> {
     /// The pieces of guest memory that it is made of.
     pub fn pieces(&self) -> impl Iterator<Item = &VolatileSlice<'m>> {
         self.0.slices.iter()
+    }
+
+    /// The room that is left, for a system call that fills it later.
+    pub fn iovecs(&self) -> Iovecs {
+        Iovecs(self.0.iovecs().collect())
     }
 
     /// Appends the room of another chain behind this one's.

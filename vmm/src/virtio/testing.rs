@@ -165,6 +165,18 @@ struct DriverQueue {
     done: VecDeque<(u16, Used)>,
 }
 
+impl DriverQueue {
+    fn offer(&mut self, memory: &GuestMemoryMmap, head: u16) {
+        let ring = self.base + AVAIL_OFFSET;
+        let entry = ring + 4 + u64::from(self.avail % self.size) * 2;
+        memory.write_obj(head, GuestAddress(entry)).unwrap();
+        self.avail = self.avail.wrapping_add(1);
+        memory
+            .store(self.avail, GuestAddress(ring + 2), Ordering::Release)
+            .unwrap();
+    }
+}
+
 /// The driver.
 #[derive(Debug)]
 pub struct Driver {
@@ -341,15 +353,15 @@ impl Driver {
             memory.write_obj(next, GuestAddress(at.0 + 14)).unwrap();
         }
         let head = slots[0];
-        let ring = queue.base + AVAIL_OFFSET;
-        let entry = ring + 4 + u64::from(queue.avail % queue.size) * 2;
-        memory.write_obj(head, GuestAddress(entry)).unwrap();
-        queue.avail = queue.avail.wrapping_add(1);
-        memory
-            .store(queue.avail, GuestAddress(ring + 2), Ordering::Release)
-            .unwrap();
+        queue.offer(memory, head);
         queue.in_flight.insert(head, InFlight { slots, buffers });
         head
+    }
+
+    /// Puts a chain into the available ring that is in it, or with the device, already.
+    pub fn offer_again(&mut self, queue: u16, head: u16) {
+        let queue = self.queues.get_mut(&queue).unwrap();
+        queue.offer(&self.memory, head);
     }
 
     /// Kicks if the device asked for it (VIRTIO_F_EVENT_IDX, virtio 1.3, 2.7.10), or always without that feature.

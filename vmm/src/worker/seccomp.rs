@@ -104,6 +104,8 @@ fn compile(role: Role) -> Result<BpfProgram, BackendError> {
                 &device_ioctls(),
             ];
             allow_ioctls(&mut rules, &ioctls.concat())?;
+            allow_use_of_rings(&mut rules)?;
+            allow_argument(&mut rules, libc::SYS_io_uring_register, 1, RING_REQUESTS)?;
             allow_first(&mut rules, libc::SYS_clone, &[THREAD])?;
             allow_first(&mut rules, libc::SYS_prctl, PRCTL_REQUESTS)?;
             allow_first(&mut rules, libc::SYS_seccomp, &[SECCOMP_SET_MODE_FILTER])?;
@@ -119,6 +121,7 @@ fn compile(role: Role) -> Result<BpfProgram, BackendError> {
                 DeviceType::Block => {
                     allow(&mut rules, BLOCK);
                     allow_ioctls(&mut rules, BLOCK_IOCTLS)?;
+                    allow_use_of_rings(&mut rules)?;
                 }
                 DeviceType::Net => {
                     allow(&mut rules, NET);
@@ -162,6 +165,11 @@ fn allow_argument(
     let rule = |&value: &u64| SeccompRule::new(vec![equals(argument, value)?]);
     rules.insert(call, values.iter().map(rule).collect::<Result<_, _>>()?);
     Ok(())
+}
+
+/// To give the kernel what is in a ring that is there, and to wait for it.
+fn allow_use_of_rings(rules: &mut Rules) -> Result<(), BackendError> {
+    allow_argument(rules, libc::SYS_io_uring_enter, 3, RING_FLAGS)
 }
 
 fn allow_within_limits(rules: &mut Rules) -> Result<(), BackendError> {
@@ -247,12 +255,13 @@ const VCPU_IOCTLS: &[u64] = &[
     kvm::<kvm_ioeventfd>(_IOC_WRITE, 0x79),   // KVM_IOEVENTFD
 ];
 
-/// What a thread does before its own filter, and what is done to make one; to look at what a disk is. clone3 is refused by a
-/// filter of its own.
+/// What a thread does before its own filter, and what is done to make one; to look at what a disk is, and to make its rings.
+/// clone3 is refused by a filter of its own.
 const WORKSHOP: &[i64] = &[
     libc::SYS_capset,
     libc::SYS_clone3,
     libc::SYS_fstat,
+    libc::SYS_io_uring_setup,
     libc::SYS_lseek,
     libc::SYS_newfstatat,
     libc::SYS_rseq,
@@ -323,6 +332,19 @@ const BLOCK: &[i64] = &[
     libc::SYS_preadv,
     libc::SYS_pwrite64,
     libc::SYS_pwritev,
+];
+
+/// The disk's requests go through rings (io_uring) that can do what the calls above do and no more. A thread that could make
+/// rings, or change them, could do without any filter what it liked.
+const RING_FLAGS: &[u64] = &[
+    0, // to submit
+    1, // IORING_ENTER_GETEVENTS: to wait as well
+];
+
+/// To restrict a ring, and to let it work.
+const RING_REQUESTS: &[u64] = &[
+    11, // IORING_REGISTER_RESTRICTIONS
+    12, // IORING_REGISTER_ENABLE_RINGS
 ];
 
 const BLOCK_IOCTLS: &[u64] = &[
@@ -470,6 +492,8 @@ mod tests {
             libc::SYS_connect,
             libc::SYS_bpf,
             libc::SYS_io_uring_setup,
+            libc::SYS_io_uring_register,
+            libc::SYS_io_uring_enter,
             libc::SYS_open_by_handle_at,
             libc::SYS_kill,
         ] {

@@ -1,11 +1,12 @@
-//! Requests of virtio-blk on a disk of 1 MiB. `to` is the sector, and beyond 240 the body begins with it.
+//! Requests of virtio-blk on a disk of 1 MiB, all of them in flight at the same time, by io_uring where the machine has it.
+//! `to` is the sector, and beyond 240 the body begins with it.
 #![no_main]
 
 use std::io::Write;
 
 use husk_vmm::devices::block::{BlockConfig, BlockDevice, REQUEST_QUEUE};
 use husk_vmm::virtio::VirtioDevice;
-use husk_vmm::virtio::testing::Driver;
+use husk_vmm::virtio::testing::{Buffer, Driver};
 use husk_vmm_fuzz::records;
 use libfuzzer_sys::fuzz_target;
 
@@ -19,7 +20,8 @@ fuzz_target!(|data: &[u8]| {
     let config = BlockConfig::new("fuzz".to_owned(), false).expect("a serial number");
     let mut device = BlockDevice::new(config, disk, |_| Ok(())).expect("a device");
     let mut driver = Driver::activate(&mut device);
-    for record in records(data) {
+    let records = records(data);
+    for record in &records {
         let (sector, body) = match record.body.split_first_chunk::<8>() {
             Some((sector, rest)) if record.to >= SECTOR_IN_BODY => {
                 (u64::from_le_bytes(*sector), rest)
@@ -28,7 +30,17 @@ fuzz_target!(|data: &[u8]| {
         };
         let kind = u64::from(record.kind).to_le_bytes();
         let header = [kind, sector.to_le_bytes()].concat();
-        driver.request(REQUEST_QUEUE, &[&header, body], &[record.room, 1]);
+        let request = [
+            Buffer::read(&header),
+            Buffer::read(body),
+            Buffer::write(record.room),
+            Buffer::write(1),
+        ];
+        driver.make_available(REQUEST_QUEUE, &request);
+        driver.kick_if_wanted(REQUEST_QUEUE);
+    }
+    for _ in &records {
+        driver.wait_any_used(REQUEST_QUEUE);
     }
     device.reset();
     let len = file.metadata().expect("it is there").len();

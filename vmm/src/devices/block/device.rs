@@ -1,6 +1,7 @@
-//! The driver sends requests in one queue or several, each a header, data and a byte for the status; the device answers those
-//! of a queue in order. The backend is a descriptor of a regular file or a block device, read and written on the device's own
-//! threads, one for each queue, so that requests of different processors do not wait for one another.
+//! The driver sends requests in one queue or several, each a header, data and a byte for the status; the device answers each
+//! when it is done. The backend is a descriptor of a regular file or a block device. Each queue has a thread of the device, so
+//! that requests of different processors do not wait for one another, and an io_uring, so that those of a queue do not. Where
+//! the host has no io_uring for us, the thread reads and writes by itself, one request after the other.
 
 use std::io;
 use std::iter;
@@ -15,6 +16,7 @@ use super::metrics::BlockMetrics;
 use super::request::{
     ID_LEN, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS,
 };
+use super::ring::Engine;
 use super::worker::{BlockWorker, Terms};
 use crate::snapshot::{RestoreError, Snapshot};
 use crate::virtio::queue::{QueueError, take_queues_and};
@@ -58,6 +60,9 @@ pub enum BlockError {
         /// The serial number.
         serial: String,
     },
+    /// The io_uring has failed.
+    #[error("cannot have requests to the disk done")]
+    Engine(#[source] io::Error),
     /// The thread cannot be made.
     #[error("cannot start the block device")]
     Start(#[source] io::Error),
@@ -108,9 +113,33 @@ pub struct BlockDevice {
     geometry: Geometry,
     queue_sizes: Vec<u16>,
     /// One for each queue.
-    workers: Vec<Worker<BlockWorker>>,
+    lanes: Vec<Lane>,
     storage: Arc<dyn Storage>,
     metrics: Arc<BlockMetrics>,
+}
+
+/// What serves a queue.
+#[derive(Debug)]
+struct Lane {
+    worker: Worker<BlockWorker>,
+    /// Here while inactive. It is made with the device: the thread that uses it may not make one.
+    engine: Option<Box<dyn Engine>>,
+}
+
+impl Lane {
+    /// What the worker is to serve with. One that still has something in flight has failed before.
+    fn take_engine(&mut self) -> Option<Box<dyn Engine>> {
+        self.engine.take_if(|engine| engine.in_flight() == 0)
+    }
+
+    /// Stops serving.
+    fn stop(&mut self) -> Option<ActiveQueue> {
+        let (queue, engine) = self.worker.stop()?.into_parts();
+        if engine.is_some() {
+            self.engine = engine;
+        }
+        Some(queue)
+    }
 }
 
 impl BlockDevice {
@@ -129,15 +158,19 @@ impl BlockDevice {
         geometry: Geometry,
         setup: ThreadSetup,
     ) -> Result<Self, BlockError> {
-        let workers = (0..config.queues)
-            .map(|_| Worker::spawn("block", DeviceType::Block, setup))
+        let lanes = open_engines(&config, storage.as_ref())
+            .into_iter()
+            .map(|engine| {
+                let worker = Worker::spawn("block", DeviceType::Block, setup)?;
+                Ok(Lane { worker, engine })
+            })
             .collect::<Result<_, _>>()
             .map_err(BlockError::Start)?;
         Ok(Self {
             queue_sizes: vec![QUEUE_SIZE; config.queues.into()],
             config,
             geometry,
-            workers,
+            lanes,
             storage,
             metrics: Arc::default(),
         })
@@ -194,6 +227,26 @@ impl BlockDevice {
     }
 }
 
+/// An engine for each queue, if there is one for each.
+fn open_engines(config: &BlockConfig, storage: &dyn Storage) -> Vec<Option<Box<dyn Engine>>> {
+    let serial = &config.serial;
+    let engines: io::Result<Vec<_>> = (0..config.queues)
+        .map(|_| storage.engine(QUEUE_SIZE).map(Some))
+        .collect();
+    match engines {
+        Ok(engines) => {
+            log::debug!("the disk {serial:?} has an io_uring for each queue");
+            engines
+        }
+        Err(err) => {
+            log::info!(
+                "the disk {serial:?} does one request of a queue at a time: no io_uring: {err}"
+            );
+            (0..config.queues).map(|_| None).collect()
+        }
+    }
+}
+
 /// Up to and including the fields of WRITE_ZEROES.
 const CONFIG_LEN: usize = 60;
 
@@ -239,26 +292,23 @@ impl VirtioDevice for BlockDevice {
         let others = REQUEST_QUEUE + 1..REQUEST_QUEUE + u16::from(known);
         let ([first], others) = take_queues_and(activation, [REQUEST_QUEUE], others)?;
         let queues = iter::once(first).chain(others);
-        for (worker, queue) in self.workers.iter_mut().zip(queues) {
+        for (lane, queue) in self.lanes.iter_mut().zip(queues) {
             let storage = Arc::clone(&self.storage);
             let metrics = Arc::clone(&self.metrics);
-            let serve = BlockWorker::new(queue, storage, terms.clone(), metrics);
-            worker.start(serve, Arc::clone(&interrupt))?;
+            let engine = lane.take_engine();
+            let serve = BlockWorker::new(queue, storage, engine, terms.clone(), metrics);
+            lane.worker.start(serve, Arc::clone(&interrupt))?;
         }
         Ok(())
     }
 
     fn pause(&mut self) -> Vec<ActiveQueue> {
-        self.workers
-            .iter_mut()
-            .filter_map(Worker::stop)
-            .map(BlockWorker::into_queue)
-            .collect()
+        self.lanes.iter_mut().filter_map(Lane::stop).collect()
     }
 
     fn reset(&mut self) {
-        for worker in &mut self.workers {
-            worker.stop();
+        for lane in &mut self.lanes {
+            lane.stop();
         }
     }
 }

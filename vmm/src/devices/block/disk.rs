@@ -5,9 +5,11 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, FileType, SeekFrom, fallocate, fdatasync, fstat, seek};
 
+use super::ring::{Engine, Ring};
 use crate::virtio::queue::{Readable, Writable};
 
 /// Unit of capacity, addresses and lengths, whatever the block size (virtio 1.3, 5.2.4).
@@ -23,16 +25,18 @@ const BLKZEROOUT: libc::c_ulong = 0x127f;
 
 /// What a disk can do.
 pub(super) trait Storage: Send + Sync + fmt::Debug {
-    /// Fills all of `room`.
-    fn read(&self, room: Writable<'_>, offset: u64) -> io::Result<()>;
-    /// Writes all of `data`.
-    fn write(&self, data: Readable<'_>, offset: u64) -> io::Result<()>;
+    /// Fills `room` from its start on, and takes away what is filled. Returns how many bytes that is: none past the end.
+    fn read(&self, room: &mut Writable<'_>, offset: u64) -> io::Result<usize>;
+    /// Writes `data` from its start on, and takes away what is written. Returns how many bytes that is.
+    fn write(&self, data: &mut Readable<'_>, offset: u64) -> io::Result<usize>;
     /// Returns when everything that was written before is durable.
     fn flush(&self) -> io::Result<()>;
     /// Gives up the range; what it reads as afterwards is open.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Makes the range read as zeroes; gives its blocks up if `unmap` and possible.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
+    /// What does up to `capacity` reads, writes and flushes of it at a time.
+    fn engine(&self, capacity: u16) -> io::Result<Box<dyn Engine>>;
 }
 
 /// Sizes of a disk.
@@ -49,7 +53,7 @@ pub(super) struct Geometry {
 /// A regular file or a block device.
 #[derive(Debug)]
 pub(super) struct Disk {
-    file: OwnedFd,
+    file: Arc<OwnedFd>,
     is_device: bool,
 }
 
@@ -75,6 +79,7 @@ impl Disk {
             logical_block: logical,
             physical_block: physical.max(logical),
         };
+        let file = Arc::new(file);
         Ok((Self { file, is_device }, geometry))
     }
 
@@ -129,27 +134,12 @@ pub(super) fn is_unsupported(err: &io::Error) -> bool {
 }
 
 impl Storage for Disk {
-    fn read(&self, mut room: Writable<'_>, mut offset: u64) -> io::Result<()> {
-        while !room.is_empty() {
-            let count = room.read_from_at(self.file.as_fd(), position(offset)?)?;
-            if count == 0 {
-                // Somebody has made the file shorter.
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            offset += count as u64;
-        }
-        Ok(())
+    fn read(&self, room: &mut Writable<'_>, offset: u64) -> io::Result<usize> {
+        room.read_from_at(self.file.as_fd(), position(offset)?)
     }
 
-    fn write(&self, mut data: Readable<'_>, mut offset: u64) -> io::Result<()> {
-        while !data.is_empty() {
-            let count = data.write_to_at(self.file.as_fd(), position(offset)?)?;
-            if count == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
-            }
-            offset += count as u64;
-        }
-        Ok(())
+    fn write(&self, data: &mut Readable<'_>, offset: u64) -> io::Result<usize> {
+        data.write_to_at(self.file.as_fd(), position(offset)?)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -180,5 +170,9 @@ impl Storage for Disk {
         } else {
             self.write_plain_zeroes(offset, len)
         }
+    }
+
+    fn engine(&self, capacity: u16) -> io::Result<Box<dyn Engine>> {
+        Ok(Box::new(Ring::new(Arc::clone(&self.file), capacity)?))
     }
 }

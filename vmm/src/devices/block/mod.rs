@@ -5,8 +5,10 @@
 
 mod device;
 mod disk;
+mod job;
 mod metrics;
 mod request;
+mod ring;
 #[cfg(test)]
 mod tests;
 mod worker;

@@ -61,13 +61,34 @@ pub(super) enum Operation<'m> {
     Unknown,
 }
 
-/// A request, with the byte for its status.
+/// A request, with where its outcome goes.
 #[derive(Debug)]
 pub(super) struct Request<'m> {
     pub(super) operation: Operation<'m>,
-    pub(super) status: Writable<'m>,
-    /// Bytes before the status that the device may write.
-    pub(super) room_len: usize,
+    pub(super) outcome: Outcome<'m>,
+}
+
+/// The byte for the status of a request.
+#[derive(Debug)]
+pub(super) struct Outcome<'m> {
+    status: Writable<'m>,
+    /// Bytes before it that the device may write.
+    room_len: usize,
+}
+
+impl Outcome<'_> {
+    /// Writes the status. Returns how many bytes were written from the start of the room on, of which `filled` before.
+    pub(super) fn tell(&mut self, filled: Result<usize, Status>) -> u32 {
+        let code = filled.err().unwrap_or(Status::Ok);
+        self.status.write(&[code as u8]);
+        // The status is the last byte of the room, which counts only if what is before it was written too.
+        let written = match filled {
+            Ok(filled) if filled < self.room_len => filled,
+            Err(_) if self.room_len > 0 => 0,
+            _ => self.room_len + 1,
+        };
+        u32::try_from(written).unwrap_or(u32::MAX)
+    }
 }
 
 impl<'m> Request<'m> {
@@ -92,8 +113,7 @@ impl<'m> Request<'m> {
         };
         Ok(Self {
             operation,
-            status,
-            room_len,
+            outcome: Outcome { status, room_len },
         })
     }
 }

@@ -8,11 +8,14 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
+use io_uring::IoUring;
 use rustix::fs::{AtFlags, Gid, Uid};
 use rustix::net::{AddressFamily, SocketType};
 
 use super::*;
+use crate::devices::block::{BlockConfig, BlockDevice, REQUEST_QUEUE};
 use crate::virtio::DeviceType;
+use crate::virtio::testing::Driver;
 use crate::worker::seccomp::{self, Role};
 use crate::workshop::Workshop;
 
@@ -113,6 +116,18 @@ fn child() {
                 unreachable!("{thread:?}");
             });
         }
+        "disk-of-workshop" => disk_of_workshop(&share),
+        "make-ring" => {
+            seccomp::install(Role::Device(DeviceType::Block)).unwrap();
+            let ring = IoUring::new(1);
+            unreachable!("{:?}", ring.err());
+        }
+        "change-ring" => {
+            let ring = IoUring::new(1).unwrap();
+            seccomp::install(Role::Device(DeviceType::Block)).unwrap();
+            let changed = ring.submitter().register_files(&[0]);
+            unreachable!("{changed:?}");
+        }
         "process-of-workshop" => {
             seccomp::install(Role::Workshop).unwrap();
             // SAFETY: the child, which there must not be, does nothing but panic, as its parent.
@@ -123,14 +138,58 @@ fn child() {
     }
 }
 
-/// Runs something on a thread that the workshop has made. True if that comes to an end.
-fn thread_of_workshop(first: impl FnOnce() + Send + 'static) -> bool {
-    let setup = || {
+fn workshop() -> Workshop {
+    Workshop::open(|| {
         drop_capabilities()?;
         seccomp::install(Role::Workshop).map_err(io::Error::other)
+    })
+    .unwrap()
+}
+
+/// A disk that is plugged in does its requests, by a ring, and is taken apart again, all of it under the filters.
+fn disk_of_workshop(share: &Path) {
+    let rings = || {
+        fs::read_dir("/proc/self/fd")
+            .unwrap()
+            .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
+            .filter(|target| target == Path::new("anon_inode:[io_uring]"))
+            .count()
     };
-    let workshop = Workshop::open(setup).unwrap();
-    let made = workshop.run(move || {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(share.join("disk"))
+        .unwrap();
+    file.set_len(1 << 20).unwrap();
+    let workshop = workshop();
+    let config = BlockConfig::new("disk".to_owned(), false).unwrap();
+    let mut device = workshop
+        .run(|| {
+            BlockDevice::new(config, file.into(), |device| {
+                seccomp::install(Role::Device(device)).map_err(io::Error::other)
+            })
+        })
+        .unwrap()
+        .unwrap();
+    assert_eq!(rings(), 1);
+    let mut driver = Driver::activate(&mut device);
+    // To write by the ring, to flush, and to read.
+    let header = |kind: u64| (u128::from(kind)).to_le_bytes();
+    let content = vec![7; 128 << 10];
+    let used = driver.request(REQUEST_QUEUE, &[&header(1), &content], &[1]);
+    assert_eq!(used.bytes, [0]);
+    let used = driver.request(REQUEST_QUEUE, &[&header(4)], &[1]);
+    assert_eq!(used.bytes, [0]);
+    let used = driver.request(REQUEST_QUEUE, &[&header(0)], &[content.len(), 1]);
+    assert_eq!(used.bytes.split_last(), Some((&0, &content[..])));
+    workshop.run(move || drop(device)).unwrap();
+    assert_eq!(rings(), 0);
+}
+
+/// Runs something on a thread that the workshop has made. True if that comes to an end.
+fn thread_of_workshop(first: impl FnOnce() + Send + 'static) -> bool {
+    let made = workshop().run(move || {
         std::thread::Builder::new()
             .name("vcpu".to_owned())
             .spawn(move || {
@@ -270,6 +329,28 @@ fn succeeds(attempt: &str) {
 fn is_killed(attempt: &str) {
     if let Some((status, _share)) = run(attempt) {
         assert_eq!(status.signal(), Some(libc::SIGSYS), "{attempt}: {status}");
+    }
+}
+
+/// Whether this machine lets a process have an io_uring.
+fn has_rings() -> bool {
+    IoUring::new(1)
+        .inspect_err(|err| say_skipped(&format!("this machine has no io_uring: {err}")))
+        .is_ok()
+}
+
+#[test]
+fn disk_is_served_by_a_ring_under_the_filters() {
+    if has_rings() {
+        succeeds("disk-of-workshop");
+    }
+}
+
+#[test]
+fn no_ring_is_made_or_changed_where_it_is_used() {
+    if has_rings() {
+        is_killed("make-ring");
+        is_killed("change-ring");
     }
 }
 
