@@ -219,6 +219,24 @@ need_go() {
     PATH=$found/usr/lib/go-1.24/bin:$PATH
 }
 
+# build_virtiofsd DIR - trixie's, with the libraries that it was linked with, and a program that starts it with them.
+build_virtiofsd() {
+    unpack_packages "$1" trixie virtiofsd libc6 libcap-ng0 libgcc-s1 libseccomp2
+    cat >"$1/virtiofsd" <<'SH'
+#!/bin/sh
+usr=${0%/*}/usr
+exec "$usr/lib64/ld-linux-x86-64.so.2" --library-path "$usr/lib/x86_64-linux-gnu" "$usr/libexec/virtiofsd" "$@"
+SH
+    chmod 0755 "$1/virtiofsd"
+}
+
+# virtiofsd_path - fetches Debian's file server, the one that tests use, and prints where it is.
+virtiofsd_path() {
+    local dir
+    dir=$(cached virtiofsd "$(hash_of "$(package_version trixie virtiofsd)" "$(declare -f build_virtiofsd)")" build_virtiofsd)
+    printf '%s\n' "$dir/virtiofsd"
+}
+
 # --- Debian packages -------------------------------------------------------------------------
 
 # debian_mirror - prints the address of the Debian archive that this machine itself uses.

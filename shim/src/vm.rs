@@ -179,6 +179,7 @@ impl Vm {
             }],
             disks: Vec::new(),
             nics: network.nics(),
+            file_servers: Vec::new(),
             guest_cid: GUEST_CID,
             ready_port: READY_PORT,
         };

@@ -387,6 +387,7 @@ pub(crate) mod tests {
             shares: Vec::new(),
             disks: Vec::new(),
             nics: Vec::new(),
+            file_servers: Vec::new(),
             guest_cid: 3,
             ready_port: 1024,
         };

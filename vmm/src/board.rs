@@ -22,6 +22,7 @@ use crate::devices::fs::{FsDevice, Share, Tag};
 use crate::devices::mem::{MemDevice, MemHandle};
 use crate::devices::p9::P9Device;
 use crate::devices::rng::RngDevice;
+use crate::devices::vhost_fs::VhostFsDevice;
 use crate::devices::vsock::{VsockConfig, VsockDevice, VsockHandle};
 use crate::end::End;
 use crate::error::Error;
@@ -54,6 +55,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) disks: Vec<File>,
     /// One for each network device of the configuration.
     pub(crate) nics: Vec<NicFiles>,
+    /// One for each file server of the configuration.
+    pub(crate) file_servers: Vec<OwnedFd>,
     /// What devices may read and write: the guest's memory, and the windows.
     pub(crate) memory: GuestMemoryMmap,
     /// One for each share of the configuration that has one.
@@ -66,6 +69,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) setup: ThreadSetup,
     /// Confines the thread that watches a shared folder.
     pub(crate) watch_setup: VcpuSetup,
+    /// Confines the thread of a device whose requests another process serves.
+    pub(crate) front_end_setup: ThreadSetup,
 }
 
 /// The state of all devices. The panic notifier and the power registers have none.
@@ -311,6 +316,7 @@ fn add_virtio_devices(
         watch_setup,
         pluggable,
         windows,
+        front_end_setup,
         ..
     } = parts;
 
@@ -334,6 +340,19 @@ fn add_virtio_devices(
     for (share, window) in config.shares.iter().zip(windows) {
         let watch = (watch_setup, changes);
         slots.add(make_share(share, window, config.max_vcpus, setup, watch)?)?;
+    }
+
+    for (server, socket) in config.file_servers.iter().zip(parts.file_servers) {
+        let name = format!("file system ({})", server.tag);
+        let device = Tag::try_from(server.tag.clone())
+            .map_err(|err| broken(&name, err))
+            .and_then(|tag| {
+                let end = Arc::clone(parts.end);
+                VhostFsDevice::new(tag, socket, config.max_vcpus, end, front_end_setup)
+                    .map_err(|err| broken(&name, err))
+            })?;
+        // What it serves is for the server to count.
+        slots.add(Made::new(device, |_| ()))?;
     }
 
     for (disk, file) in config.disks.iter().zip(parts.disks) {

@@ -11,7 +11,7 @@ use crate::control::MAX_FDS;
 ///
 /// Files are descriptors that arrive with the message, in this order: kernel, initramfs, console (written to by the
 /// worker, one line of the guest's console a line), one for each of `disks`, then for each of `nics` its taps and, if it
-/// asks for them, its vhost-net devices (see [`NicConfig`]). At most [`MAX_FDS`] in all.
+/// asks for them, its vhost-net devices (see [`NicConfig`]), then one for each of `file_servers`. At most [`MAX_FDS`] in all.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
@@ -32,6 +32,8 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// The virtio-net devices.
     pub nics: Vec<NicConfig>,
+    /// The folders that other processes serve, which may use all of the guest's memory.
+    pub file_servers: Vec<FileServerConfig>,
     /// Context identifier of the guest on its vsock device, 3 or more.
     pub guest_cid: u32,
     /// Port on the host to which the guest may connect, once, to say that it is ready.
@@ -52,6 +54,16 @@ pub struct ShareConfig {
     pub protocol: ShareProtocol,
     /// What of it is watched, so that the guest can be told what others change. With FUSE only, and of one share at most.
     pub watch: Option<WatchConfig>,
+}
+
+/// A folder that the guest has by a virtio-fs device whose requests another process serves, by vhost-user.
+///
+/// Its descriptor is a stream socket that is connected to this process. The VM ends with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileServerConfig {
+    /// As [`ShareConfig::tag`].
+    pub tag: String,
 }
 
 /// What is watched of a shared folder, and how the guest's kernel is told of changes.
@@ -242,6 +254,9 @@ pub enum ConfigError {
         /// At the start.
         memory_mib: u32,
     },
+    /// A window is mapped by the worker, and no memory that another process could have.
+    #[error("a VM with a file server can have no DAX window")]
+    WindowBesideServer,
     /// What cannot be watched: a second share, or one by 9P.
     #[error("of the shares, one may be watched, and by FUSE only")]
     Watch,
@@ -293,6 +308,14 @@ pub enum ConfigError {
     NicFiles {
         /// Network devices in the description.
         nics: usize,
+    },
+    /// The descriptors beside the description are not those that it names.
+    #[error("the VM has {servers} file servers, but {files} sockets were given for them")]
+    ServerFiles {
+        /// File servers in the description.
+        servers: usize,
+        /// Sockets given.
+        files: usize,
     },
     /// The descriptors beside the description are not those that it names.
     #[error("a {device} needs {needed} descriptors, but {given} were given")]
@@ -447,17 +470,25 @@ impl VmConfig {
             });
         }
         let mut tags = BTreeSet::new();
-        for ShareConfig { tag, protocol, .. } in &self.shares {
+        let of_shares = self.shares.iter().map(|share| &share.tag);
+        let of_servers = self.file_servers.iter().map(|server| &server.tag);
+        for tag in of_shares.chain(of_servers) {
             if tag.is_empty() || tag.len() > MAX_TAG_LEN || !tags.insert(tag) {
                 return Err(ConfigError::ShareTag { tag: tag.clone() });
             }
-            if let ShareProtocol::Fuse { dax_window_mib, .. } = *protocol
-                && dax_window_mib / PAGES_PER_DESCRIPTOR > self.memory_mib / 4
-            {
+        }
+        for ShareConfig { protocol, .. } in &self.shares {
+            let ShareProtocol::Fuse { dax_window_mib, .. } = *protocol else {
+                continue;
+            };
+            if dax_window_mib / PAGES_PER_DESCRIPTOR > self.memory_mib / 4 {
                 return Err(ConfigError::WindowSize {
                     dax_window_mib,
                     memory_mib: self.memory_mib,
                 });
+            }
+            if dax_window_mib > 0 && !self.file_servers.is_empty() {
+                return Err(ConfigError::WindowBesideServer);
             }
         }
         let mut watched = self.shares.iter().filter(|share| share.watch.is_some());
@@ -481,8 +512,10 @@ impl VmConfig {
                 return Err(ConfigError::NicAddress { mac: nic.mac });
             }
         }
-        let files =
-            COMMON_FILES + self.disks.len() + self.nics.iter().map(NicConfig::files).sum::<usize>();
+        let files = COMMON_FILES
+            + self.disks.len()
+            + self.nics.iter().map(NicConfig::files).sum::<usize>()
+            + self.file_servers.len();
         if files > MAX_FDS {
             return Err(ConfigError::TooManyFiles { files });
         }
@@ -504,6 +537,7 @@ mod tests {
             shares: Vec::new(),
             disks: Vec::new(),
             nics: Vec::new(),
+            file_servers: Vec::new(),
             guest_cid: 3,
             ready_port: 1024,
         }

@@ -193,6 +193,13 @@ pub enum ExitReason {
         /// One sentence.
         message: String,
     },
+    /// The process that serves a folder of the guest's is gone, or does not do what it is to do.
+    FileServer {
+        /// The folder's tag.
+        tag: String,
+        /// One sentence.
+        message: String,
+    },
 }
 
 impl fmt::Display for ExitReason {
@@ -207,6 +214,9 @@ impl fmt::Display for ExitReason {
             Self::Panic => formatter.write_str("the guest's kernel panicked"),
             Self::VcpuFailed { vcpu, message } => {
                 write!(formatter, "vCPU {vcpu} failed: {message}")
+            }
+            Self::FileServer { tag, message } => {
+                write!(formatter, "the file server of {tag:?} failed: {message}")
             }
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! It is anonymous and private, so that the host backs it with large pages where it can: a boot then takes some 500 page
 //! faults of the guest, where a memfd, which Linux by default never gives large pages, takes 11,000. The mapping must lie
-//! at a multiple of 2 MiB for that, which Linux sees to only since 6.7.
+//! at a multiple of 2 MiB for that, which Linux sees to only since 6.7. Only a VM whose memory another process is to use has
+//! it in a memfd.
 
 use std::fs::File;
 use std::io;
@@ -12,6 +13,7 @@ use std::ptr;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{
     Address, Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap, MmapRegion, VolatileSlice,
@@ -57,13 +59,30 @@ pub(crate) fn map(size_mib: u32, max_mib: u32) -> (Vec<(GuestAddress, u64)>, Ran
 
 /// Allocates what [`map`] says. Pages are taken from the host as the guest touches them.
 pub(crate) fn allocate(size_mib: u32, max_mib: u32) -> Result<GuestMemoryMmap, Error> {
-    let failed = |source| Error::AllocateMemory {
-        size_mib: max_mib.into(),
+    let ranges = all_ranges(size_mib, max_mib);
+    let mappings = ranges.iter().map(|(_, len)| map_aligned(as_len(*len)));
+    made_of(&ranges, mappings.collect(), max_mib)
+}
+
+/// The same, of memory that other processes can use: each region is a part of a file that can be handed to them.
+pub(crate) fn allocate_shared(size_mib: u32, max_mib: u32) -> Result<GuestMemoryMmap, Error> {
+    let ranges = all_ranges(size_mib, max_mib);
+    let mappings = file_of(&ranges).and_then(|file| map_file(file, &ranges, libc::MAP_SHARED));
+    made_of(&ranges, mappings, max_mib)
+}
+
+/// The memory of these mappings, with large pages where the host has some.
+fn made_of(
+    ranges: &[(GuestAddress, u64)],
+    mappings: io::Result<Vec<MmapRegion>>,
+    size_mib: u32,
+) -> Result<GuestMemoryMmap, Error> {
+    let mappings = mappings.map_err(|source| Error::AllocateMemory {
+        size_mib: size_mib.into(),
         source,
-    };
+    })?;
     let mut regions = Vec::new();
-    for (base, len) in all_ranges(size_mib, max_mib) {
-        let mapping = map_aligned(as_len(len)).map_err(failed)?;
+    for ((base, _), mapping) in ranges.iter().zip(mappings) {
         let advised =
             // SAFETY: the range is this mapping, and the advice changes nothing of what it holds.
             unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_HUGEPAGE) };
@@ -73,9 +92,39 @@ pub(crate) fn allocate(size_mib: u32, max_mib: u32) -> Result<GuestMemoryMmap, E
                 io::Error::last_os_error()
             );
         }
-        regions.push(region(mapping, base));
+        regions.push(region(mapping, *base));
     }
     Ok(collect(regions))
+}
+
+/// A file in memory for these ranges, one after the other. Whoever gets it cannot cut anything off, which would be SIGBUS for
+/// all others.
+fn file_of(ranges: &[(GuestAddress, u64)]) -> io::Result<File> {
+    let file = File::from(rustix::fs::memfd_create(
+        "husk-guest",
+        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+    )?);
+    file.set_len(ranges.iter().map(|(_, len)| len).sum())?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file)
+}
+
+/// Maps these ranges, which lie in `file` one after the other.
+fn map_file(
+    file: File,
+    ranges: &[(GuestAddress, u64)],
+    sharing: libc::c_int,
+) -> io::Result<Vec<MmapRegion>> {
+    let file = std::sync::Arc::new(file);
+    let mut offset = 0;
+    let map = |(_, len): &(GuestAddress, u64)| {
+        let place = FileOffset::from_arc(file.clone(), offset);
+        offset += len;
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = sharing | libc::MAP_NORESERVE;
+        MmapRegion::build(Some(place), as_len(*len), rights, flags).map_err(io::Error::other)
+    };
+    ranges.iter().map(map).collect()
 }
 
 /// Maps `len` bytes of memory at a multiple of [`LARGE_PAGE`].
@@ -131,9 +180,9 @@ pub(crate) fn at_start(memory: &GuestMemoryMmap, pluggable: &Range<u64>) -> Gues
     rest
 }
 
-/// Gives the host back the whole pages of a piece of guest memory: what they held is lost, and what is read next is zero,
+/// Gives the host back the whole pages of a piece of `memory`: what they held is lost, and what is read next is zero,
 /// or what the file has that the memory was adopted from. Returns how many bytes that were.
-pub(crate) fn give_back(piece: &VolatileSlice<'_>) -> io::Result<usize> {
+pub(crate) fn give_back(memory: &GuestMemoryMmap, piece: &VolatileSlice<'_>) -> io::Result<usize> {
     let start = piece.ptr_guard_mut().as_ptr();
     let skipped = start.align_offset(PAGE);
     let len = piece.len().saturating_sub(skipped) / PAGE * PAGE;
@@ -142,12 +191,29 @@ pub(crate) fn give_back(piece: &VolatileSlice<'_>) -> io::Result<usize> {
     }
     // SAFETY: at most `len` bytes less than the slice is long are skipped.
     let first = unsafe { start.add(skipped) };
+    let advice = if is_shared(memory, start) {
+        // The other would only take the pages off this process, and leave them in the file.
+        libc::MADV_REMOVE
+    } else {
+        libc::MADV_DONTNEED
+    };
     // SAFETY: the pages lie in the slice, whose mapping lives. Nothing in this process relies on what guest memory holds:
     // it is only ever accessed as memory that changes at any time.
-    match unsafe { libc::madvise(first.cast(), len, libc::MADV_DONTNEED) } {
+    match unsafe { libc::madvise(first.cast(), len, advice) } {
         0 => Ok(len),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Whether what is at `pointer` was made by [`allocate_shared`]. A DAX window was not: it has no file of its own.
+fn is_shared(memory: &GuestMemoryMmap, pointer: *const u8) -> bool {
+    memory.iter().any(|region| {
+        let first = region.as_ptr().addr();
+        let offset = pointer.addr().checked_sub(first);
+        offset.is_some_and(|offset| offset < region.size())
+            && region.file_offset().is_some()
+            && region.flags() & libc::MAP_SHARED != 0
+    })
 }
 
 /// Takes the memory that a VM of the same size has left in `file` ([`save`]). What the guest changes does not reach the
@@ -160,21 +226,13 @@ pub(crate) fn adopt(file: File, size_mib: u32, max_mib: u32) -> Result<GuestMemo
         let source = io::Error::other(format!("it has {found} bytes, not {size}"));
         return Err(Error::AdoptMemory(source));
     }
-    let file = std::sync::Arc::new(file);
-    let mut offset = 0;
-    let mut regions = Vec::new();
-    for (base, len) in ranges {
-        let mapping = MmapRegion::build(
-            Some(FileOffset::from_arc(file.clone(), offset)),
-            as_len(len),
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_NORESERVE,
-        )
-        .map_err(|err| Error::AdoptMemory(io::Error::other(err)))?;
-        regions.push(region(mapping, base));
-        offset += len;
-    }
-    Ok(collect(regions))
+    let mappings = map_file(file, &ranges, libc::MAP_PRIVATE).map_err(Error::AdoptMemory)?;
+    let regions = ranges.iter().zip(mappings);
+    Ok(collect(
+        regions
+            .map(|((base, _), mapping)| region(mapping, *base))
+            .collect(),
+    ))
 }
 
 /// Writes all memory into `file`, region after region. Pages of zeroes become holes.
@@ -295,7 +353,7 @@ mod tests {
         let memory = allocate(1, 1).unwrap();
         memory.write_slice(&[7; 5 * PAGE], GuestAddress(0)).unwrap();
         let piece = memory.get_slice(GuestAddress(100), 4 * PAGE).unwrap();
-        assert_eq!(give_back(&piece).unwrap(), 3 * PAGE);
+        assert_eq!(give_back(&memory, &piece).unwrap(), 3 * PAGE);
         let mut seen = [1; 5 * PAGE];
         memory.read_slice(&mut seen, GuestAddress(0)).unwrap();
         assert!(seen[..PAGE].iter().all(|byte| *byte == 7));
@@ -303,8 +361,33 @@ mod tests {
         assert!(seen[4 * PAGE..].iter().all(|byte| *byte == 7));
         for len in [0, 1, PAGE, 2 * PAGE - 101] {
             let piece = memory.get_slice(GuestAddress(100), len).unwrap();
-            assert_eq!(give_back(&piece).unwrap(), 0, "{len}");
+            assert_eq!(give_back(&memory, &piece).unwrap(), 0, "{len}");
         }
+    }
+
+    #[test]
+    fn shared_memory_is_a_file_that_nobody_can_cut_and_pages_go_back_to_the_host() {
+        let memory = allocate_shared(2, 3).unwrap();
+        assert_eq!(memory.num_regions(), 2);
+        let mut files = memory.iter().map(|region| region.file_offset().unwrap());
+        let (first, second) = (files.next().unwrap(), files.next().unwrap());
+        assert_eq!((first.start(), second.start()), (0, 2 * MIB));
+        let file = first.file();
+        assert!(file.set_len(MIB).is_err() && file.set_len(1 << 40).is_err());
+
+        memory.write_slice(&[7; 5 * PAGE], GuestAddress(0)).unwrap();
+        let mut seen = [0; PAGE];
+        file.read_exact_at(&mut seen, 0).unwrap();
+        assert_eq!(seen, [7; PAGE]);
+        let blocks = || std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+        let before = blocks();
+        let piece = memory.get_slice(GuestAddress(0), 4 * PAGE).unwrap();
+        assert_eq!(give_back(&memory, &piece).unwrap(), 4 * PAGE);
+        assert_eq!(before - blocks(), (4 * PAGE / 512) as u64);
+        memory.read_slice(&mut seen, GuestAddress(0)).unwrap();
+        assert_eq!(seen, [0; PAGE]);
+        let last = memory.read_obj::<u8>(GuestAddress(4 * PAGE as u64));
+        assert_eq!(last.unwrap(), 7);
     }
 
     #[test]

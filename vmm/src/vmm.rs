@@ -44,6 +44,8 @@ pub struct VmFiles {
     pub disks: Vec<File>,
     /// One for each network device of the description.
     pub nics: Vec<NicFiles>,
+    /// One for each file server of the description: a connected stream socket.
+    pub file_servers: Vec<OwnedFd>,
 }
 
 /// The descriptors of a network device, see [`crate::config::NicConfig`].
@@ -81,6 +83,8 @@ pub struct Confinement {
     pub workshop: VcpuSetup,
     /// For the thread that watches a shared folder.
     pub watch: VcpuSetup,
+    /// For the thread of a device whose requests another process serves.
+    pub front_end: ThreadSetup,
 }
 
 impl Confinement {
@@ -90,6 +94,7 @@ impl Confinement {
         vcpu: || Ok(()),
         workshop: || Ok(()),
         watch: || Ok(()),
+        front_end: |_| Ok(()),
     };
 }
 
@@ -124,6 +129,7 @@ struct Machine {
     console: File,
     disks: Vec<File>,
     nics: Vec<NicFiles>,
+    file_servers: Vec<OwnedFd>,
     memory: GuestMemoryMmap,
     /// How many vCPUs it has before it runs.
     vcpus: u8,
@@ -158,11 +164,17 @@ impl Vmm {
         confinement: Confinement,
     ) -> Result<Self, Error> {
         config.validate()?;
-        let memory = memory::allocate(config.memory_mib, config.max_memory_mib)?;
+        let allocate = if config.file_servers.is_empty() {
+            memory::allocate
+        } else {
+            memory::allocate_shared
+        };
+        let memory = allocate(config.memory_mib, config.max_memory_mib)?;
         let machine = Machine {
             console: files.console,
             disks: files.disks,
             nics: files.nics,
+            file_servers: files.file_servers,
             memory,
             vcpus: config.vcpus,
         };
@@ -185,7 +197,8 @@ impl Vmm {
         Ok(vmm)
     }
 
-    /// Builds a VM that goes on where another was saved. `config` is that one's.
+    /// Builds a VM that goes on where another was saved. `config` is that one's. It can have no file server, since what that
+    /// knows of its guest is not saved.
     ///
     /// # Errors
     /// See [`Error`]. Nothing is left behind.
@@ -208,6 +221,8 @@ impl Vmm {
             console: files.console,
             disks: files.disks,
             nics: files.nics,
+            // What a server knows of its guest is not saved.
+            file_servers: Vec::new(),
             memory,
             vcpus,
         };
@@ -245,6 +260,12 @@ impl Vmm {
                 nics: config.nics.len(),
             }));
         }
+        if config.file_servers.len() != machine.file_servers.len() {
+            return Err(Error::Config(ConfigError::ServerFiles {
+                servers: config.file_servers.len(),
+                files: machine.file_servers.len(),
+            }));
+        }
         set_nonblocking(&machine.console).map_err(Error::Console)?;
         let memory = machine.memory;
         let kvm = kvm::open()?;
@@ -260,6 +281,7 @@ impl Vmm {
                 console: machine.console,
                 disks: machine.disks,
                 nics: machine.nics,
+                file_servers: machine.file_servers,
                 memory: reachable,
                 windows,
                 pluggable: memory::map(config.memory_mib, config.max_memory_mib).1,
@@ -267,6 +289,7 @@ impl Vmm {
                 end: &end,
                 setup: confinement.device,
                 watch_setup: confinement.watch,
+                front_end_setup: confinement.front_end,
             },
             on_ready,
         )?;

@@ -39,10 +39,10 @@ const fn flag(bits: u32) -> u16 {
 }
 
 /// Interrupts that arrive at a test.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct FakeInterrupt {
-    seen: Mutex<Seen>,
-    changed: Condvar,
+    seen: Arc<Mutex<Seen>>,
+    changed: Arc<Condvar>,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -80,8 +80,16 @@ impl FakeInterrupt {
 }
 
 impl Interrupt for FakeInterrupt {
-    fn call(&self, _index: u16) -> std::io::Result<EventFd> {
-        EventFd::new(libc::EFD_NONBLOCK)
+    fn call(&self, index: u16) -> std::io::Result<EventFd> {
+        let event = EventFd::new(0)?;
+        let (calls, interrupt) = (event.try_clone()?, self.clone());
+        // To the end of the tests: nothing tells that nobody writes any more.
+        std::thread::spawn(move || {
+            while calls.read().is_ok() {
+                interrupt.queue(index);
+            }
+        });
+        Ok(event)
     }
 
     fn queue(&self, index: u16) {
@@ -198,6 +206,15 @@ impl Driver {
     /// Negotiates exactly `features`.
     pub fn activate_with(device: &mut dyn VirtioDevice, features: u64) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_LEN)]).unwrap();
+        Self::activate_in(memory, device, features)
+    }
+
+    /// The same, in a memory of at least as much as other drivers have.
+    pub(crate) fn activate_in(
+        memory: GuestMemoryMmap,
+        device: &mut dyn VirtioDevice,
+        features: u64,
+    ) -> Self {
         let mut driver = Self {
             memory,
             features,

@@ -48,7 +48,12 @@ fn try_boot(
 ) -> Result<Vmm, BootError> {
     let files = name_files(config, files)?;
     let changed = notices.clone();
-    jail::enter(config.shares.iter().map(|share| share.path.as_path()))?;
+    let shared: Vec<_> = config
+        .shares
+        .iter()
+        .map(|share| share.path.as_path())
+        .collect();
+    jail::enter(&shared)?;
     let vmm = Vmm::new(
         config,
         files,
@@ -58,6 +63,7 @@ fn try_boot(
             vcpu: confine_vcpu,
             workshop: confine_workshop,
             watch: confine_watch,
+            front_end: confine_front_end,
         },
     )
     .map_err(BootError::Build)?;
@@ -94,6 +100,11 @@ fn name_files(config: &VmConfig, files: Vec<OwnedFd>) -> Result<VmFiles, BootErr
                 })
             })
             .collect::<Result<_, BootError>>()?,
+        file_servers: config
+            .file_servers
+            .iter()
+            .map(|_| next())
+            .collect::<Result<_, _>>()?,
     };
     match files.next() {
         None => Ok(named),
@@ -115,6 +126,12 @@ fn confine_workshop() -> io::Result<()> {
 /// It keeps the capabilities by which the file server finds what the guest knows, and with them its user.
 fn confine_watch() -> io::Result<()> {
     seccomp::install(Role::Watch).map_err(io::Error::other)
+}
+
+/// It serves no files itself.
+fn confine_front_end(_device: DeviceType) -> io::Result<()> {
+    jail::drop_capabilities()?;
+    seccomp::install(Role::FrontEnd).map_err(io::Error::other)
 }
 
 fn confine_device(device: DeviceType) -> io::Result<()> {
@@ -208,6 +225,7 @@ mod tests {
                 })
                 .collect(),
             nics: vec![nic(false), nic(true)],
+            file_servers: Vec::new(),
             guest_cid: 3,
             ready_port: 1024,
         }

@@ -1,4 +1,4 @@
-//! What the worker can still reach of the host, once the guest runs: its descriptors, and the shared folders.
+//! What the worker can still reach of the host, once the guest runs: its descriptors, and the folders that it shares.
 //!
 //! The jail is entered while the process has one thread, before the VM is built, because capabilities, namespaces and
 //! filters belong to threads and every later thread inherits them:
@@ -7,7 +7,7 @@
 //! 2. a root made of a small read-only tmpfs that holds the shared folders at their own paths, `/dev/kvm`, and
 //!    `/proc/self/fd` for the file server. Mounts that the shim makes below a shared folder later propagate into
 //!    it, so long as the shim's are `MS_SHARED`; none travels back;
-//! 3. no capability but those of a file server, no new privileges, no core dumps, no ptrace by others.
+//! 3. no capability but those of a file server, if it is one, no new privileges, no core dumps, no ptrace by others.
 //!
 //! The filters of system calls come last, thread by thread: see [`super::seccomp`].
 
@@ -64,11 +64,12 @@ pub(super) enum JailError {
     Privileges(#[source] io::Error),
 }
 
-/// Confines the calling thread, which has to be the only one, to the folders `shared`.
+/// Confines the calling thread, which has to be the only one, to the folders `shared`. Without any it serves no files, and has
+/// no right that takes.
 ///
 /// # Errors
 /// When a step fails; the process is then neither free nor confined, and has to end.
-pub(super) fn enter<'a>(shared: impl Iterator<Item = &'a Path>) -> Result<(), JailError> {
+pub(super) fn enter(shared: &[&Path]) -> Result<(), JailError> {
     set_limits().map_err(JailError::Limits)?;
     // SAFETY: asks for no descriptor table of its own (CLONE_FILES), which is what could be unsound.
     unsafe {
@@ -81,7 +82,12 @@ pub(super) fn enter<'a>(shared: impl Iterator<Item = &'a Path>) -> Result<(), Ja
     }
     .map_err(|err| JailError::Namespaces(err.into()))?;
     change_root(shared)?;
-    give_up_privileges().map_err(|err| JailError::Privileges(err.into()))
+    let kept = if shared.is_empty() {
+        CapabilitySet::empty()
+    } else {
+        FILE_SERVER_CAPABILITIES
+    };
+    give_up_privileges(kept).map_err(|err| JailError::Privileges(err.into()))
 }
 
 /// Descriptors: as many as the hard limit allows, for a guest may hold many files open. Core dumps would hold the
@@ -105,7 +111,7 @@ fn set_limits() -> io::Result<()> {
     Ok(())
 }
 
-fn change_root<'a>(shared: impl Iterator<Item = &'a Path>) -> Result<(), JailError> {
+fn change_root(shared: &[&Path]) -> Result<(), JailError> {
     let root = |err: rustix::io::Errno| JailError::Root(err.into());
     // What is mounted here must not show outside; what is mounted outside shall still show here.
     rustix::mount::mount_change(
@@ -116,8 +122,9 @@ fn change_root<'a>(shared: impl Iterator<Item = &'a Path>) -> Result<(), JailErr
 
     // Taken hold of first: the stage may hide them.
     let mut parts = Vec::new();
-    let own = [KVM, DESCRIPTORS].into_iter().map(Path::new);
-    for path in own.chain(shared) {
+    let descriptors = (!shared.is_empty()).then_some(DESCRIPTORS);
+    let own = [KVM].into_iter().chain(descriptors).map(Path::new);
+    for path in own.chain(shared.iter().copied()) {
         parts.push(Part::open(path)?);
     }
 
@@ -246,10 +253,10 @@ fn mount_error(path: &Path, source: rustix::io::Errno) -> JailError {
     }
 }
 
-fn give_up_privileges() -> rustix::io::Result<()> {
+fn give_up_privileges(kept: CapabilitySet) -> rustix::io::Result<()> {
     for bit in 0..u64::BITS {
         let capability = CapabilitySet::from_bits_retain(1 << bit);
-        if FILE_SERVER_CAPABILITIES.contains(capability) {
+        if kept.contains(capability) {
             continue;
         }
         match rustix::thread::remove_capability_from_bounding_set(capability) {
@@ -264,7 +271,7 @@ fn give_up_privileges() -> rustix::io::Result<()> {
         CapabilitiesSecureBits::NO_SETUID_FIXUP | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED,
     )?;
     rustix::thread::clear_ambient_capability_set()?;
-    set_capabilities(FILE_SERVER_CAPABILITIES)?;
+    set_capabilities(kept)?;
     rustix::thread::set_no_new_privs(true)?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
 }

@@ -39,6 +39,8 @@ pub(super) enum Role {
     Workshop,
     /// What watches a shared folder on the guest's behalf.
     Watch,
+    /// The worker of a device whose requests another process serves.
+    FrontEnd,
 }
 
 /// Why a thread could not be confined.
@@ -88,6 +90,10 @@ fn compile(role: Role) -> Result<BpfProgram, BackendError> {
     match role {
         Role::Control => allow(&mut rules, CONTROL),
         Role::Watch => allow(&mut rules, WATCH),
+        Role::FrontEnd => {
+            allow(&mut rules, DEVICE);
+            allow(&mut rules, FRONT_END);
+        }
         Role::Vcpu => {
             allow(&mut rules, VCPU);
             allow_ioctls(&mut rules, VCPU_IOCTLS)?;
@@ -380,6 +386,9 @@ const VSOCK: &[i64] = &[
     libc::SYS_shutdown,
 ];
 
+/// To tell the process that serves the device's requests where they are.
+const FRONT_END: &[i64] = &[libc::SYS_recvmsg, libc::SYS_sendmsg];
+
 /// The server of the shared folders: it opens, reads and changes files below them as the users of the guest.
 const FILE_SERVER: &[i64] = &[
     libc::SYS_capget,
@@ -452,7 +461,14 @@ mod tests {
 
     #[test]
     fn every_filter_compiles() {
-        let roles = [Role::Control, Role::Vcpu, Role::Workshop, Role::Watch].into_iter();
+        let roles = [
+            Role::Control,
+            Role::Vcpu,
+            Role::Workshop,
+            Role::Watch,
+            Role::FrontEnd,
+        ]
+        .into_iter();
         for role in roles.chain(DEVICES.map(Role::Device)) {
             assert!(!compile(role).unwrap().is_empty(), "{role:?}");
         }
@@ -468,6 +484,7 @@ mod tests {
             BLOCK,
             NET,
             VSOCK,
+            FRONT_END,
             FILE_SERVER,
             WINDOW,
             WATCH,

@@ -55,6 +55,7 @@ impl Guest {
                 shares: Vec::new(),
                 disks: Vec::new(),
                 nics: Vec::new(),
+                file_servers: Vec::new(),
                 guest_cid: 3,
                 ready_port: 1024,
             },
@@ -82,6 +83,7 @@ impl Guest {
             console: output,
             disks: self.disks,
             nics: self.nics,
+            file_servers: Vec::new(),
         };
         let begin = Instant::now();
         let vmm = Vmm::new(&self.config, files, || (), Confinement::NONE).unwrap();

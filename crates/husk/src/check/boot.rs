@@ -46,6 +46,7 @@ pub(super) fn check(vm: &husk_config::Vm, shim: &Path) -> Result<String, Problem
         }],
         disks: Vec::new(),
         nics: Vec::new(),
+        file_servers: Vec::new(),
         guest_cid: GUEST_CID,
         ready_port: READY_PORT,
     };

@@ -5,6 +5,8 @@
 use std::io;
 use std::sync::Arc;
 
+use vm_memory::GuestMemoryMmap;
+
 use super::metrics::BalloonMetrics;
 use crate::memory;
 use crate::snapshot::{RestoreError, Snapshot};
@@ -138,10 +140,11 @@ impl Serve for BalloonWorker {
         let Some(queue) = queues.iter_mut().find(|queue| queue.index() == index) else {
             return Ok(());
         };
+        let memory = queue.memory();
         queue.drain(|chain| {
             // No page goes in or out: a driver that says so gets its pages back as they were.
             if index == REPORTING_QUEUE {
-                take_back(chain, metrics);
+                take_back(&memory, chain, metrics);
             }
             0
         })?;
@@ -150,7 +153,7 @@ impl Serve for BalloonWorker {
 }
 
 /// Gives what the chain names back to the host. Nothing is written: the buffers are the memory itself.
-fn take_back(chain: Chain<'_>, metrics: &BalloonMetrics) {
+fn take_back(memory: &GuestMemoryMmap, chain: Chain<'_>, metrics: &BalloonMetrics) {
     let unused = match chain.buffers() {
         Ok((_, unused)) => unused,
         Err(err) => {
@@ -161,7 +164,7 @@ fn take_back(chain: Chain<'_>, metrics: &BalloonMetrics) {
     };
     metrics.reports.inc();
     for piece in unused.pieces() {
-        match memory::give_back(piece) {
+        match memory::give_back(memory, piece) {
             Ok(len) => metrics.reported_bytes.add_len(len),
             Err(err) => {
                 metrics.failures.inc();

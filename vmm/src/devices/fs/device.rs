@@ -36,7 +36,7 @@ pub const HIPRIO_QUEUE: u16 = 0;
 pub const REQUEST_QUEUE: u16 = 1;
 
 /// Most queues of requests.
-const MAX_REQUEST_QUEUES: u8 = 4;
+pub(in crate::devices) const MAX_REQUEST_QUEUES: u8 = 4;
 
 const HIPRIO_QUEUE_SIZE: u16 = 128;
 /// A request of 1 MiB has 256 buffers and some. Linux limits its requests by the size of the queue, even where it uses
@@ -94,7 +94,21 @@ impl TryFrom<String> for Tag {
 }
 
 /// The configuration space: the tag, padded with zeroes, and the number of request queues.
-const CONFIG_LEN: usize = Tag::MAX_LEN + size_of::<u32>();
+pub(in crate::devices) const CONFIG_LEN: usize = Tag::MAX_LEN + size_of::<u32>();
+
+/// The configuration space of a device with this tag and number of request queues.
+pub(in crate::devices) fn config_space(tag: &Tag, queues: u8) -> [u8; CONFIG_LEN] {
+    let mut config = [0; CONFIG_LEN];
+    config[..tag.0.len()].copy_from_slice(tag.0.as_bytes());
+    config[Tag::MAX_LEN..].copy_from_slice(&u32::from(queues).to_le_bytes());
+    config
+}
+
+/// The sizes of all queues of a device with this number of request queues.
+pub(in crate::devices) fn queue_sizes(queues: u8) -> Vec<u16> {
+    let requests = iter::repeat_n(REQUEST_QUEUE_SIZE, queues.into());
+    iter::once(HIPRIO_QUEUE_SIZE).chain(requests).collect()
+}
 
 /// A file system device.
 #[derive(Debug)]
@@ -120,18 +134,14 @@ impl FsDevice {
     /// When a thread cannot be made.
     pub fn new(tag: Tag, share: Share, vcpus: u8, setup: ThreadSetup) -> Result<Self, FsError> {
         let queues = vcpus.clamp(1, MAX_REQUEST_QUEUES);
-        let mut config = [0; CONFIG_LEN];
-        config[..tag.0.len()].copy_from_slice(tag.0.as_bytes());
-        config[Tag::MAX_LEN..].copy_from_slice(&u32::from(queues).to_le_bytes());
         let workers = (0..queues)
             .map(|_| Worker::spawn("fs", DeviceType::Fs, for_users(setup)))
             .collect::<Result<_, _>>()
             .map_err(FsError::Start)?;
-        let requests = iter::repeat_n(REQUEST_QUEUE_SIZE, queues.into());
         Ok(Self {
+            config: config_space(&tag, queues),
             tag,
-            config,
-            queue_sizes: iter::once(HIPRIO_QUEUE_SIZE).chain(requests).collect(),
+            queue_sizes: queue_sizes(queues),
             workers,
             share: Arc::new(share),
             watch: None,

@@ -12,7 +12,7 @@ mod tests;
 mod watch;
 mod worker;
 
-pub(super) use device::for_users;
+pub(super) use device::{CONFIG_LEN, MAX_REQUEST_QUEUES, config_space, for_users, queue_sizes};
 pub use device::{FsDevice, FsError, FsState, HIPRIO_QUEUE, REQUEST_QUEUE, Tag};
 pub use metrics::FsMetrics;
 pub(super) use share::MAX_NODES;

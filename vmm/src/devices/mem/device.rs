@@ -333,7 +333,7 @@ fn discard(memory: &GuestMemoryMmap, range: Range<u64>) {
     for piece in memory.get_slices(GuestAddress(range.start), len) {
         let given = piece
             .map_err(io::Error::other)
-            .and_then(|piece| memory::give_back(&piece));
+            .and_then(|piece| memory::give_back(memory, &piece));
         if let Err(err) = given {
             log::warn!("unplugged memory does not go back to the host: {err}");
         }

@@ -28,9 +28,17 @@ const SHARE: &str = "HUSK_JAIL_TEST_SHARE";
 fn child() {
     let share = PathBuf::from(std::env::var_os(SHARE).unwrap());
     let attempt = std::env::var(ATTEMPT).unwrap();
-    enter([share.as_path()].into_iter()).unwrap();
+    let shared = [share.as_path()];
+    enter(if attempt == "nothing" { &[] } else { &shared }).unwrap();
     match attempt.as_str() {
         "see" => see(&share),
+        "nothing" => {
+            assert_eq!(fs::read_dir("/").unwrap().count(), 1);
+            File::open("/dev/kvm").unwrap();
+            let sets = rustix::thread::capabilities(None).unwrap();
+            assert!(sets.effective.is_empty() && sets.permitted.is_empty());
+            drop_capabilities().unwrap();
+        }
         "open-outside" => {
             for path in ["/etc/passwd", "/proc/1/root", "/sys", "/root", "/dev/null"] {
                 let err = File::open(path).unwrap_err();
@@ -372,6 +380,11 @@ fn network_is_an_empty_one() {
 #[test]
 fn capabilities_are_those_of_a_file_server() {
     succeeds("capabilities");
+}
+
+#[test]
+fn without_a_share_there_is_nothing_but_kvm_and_no_capability() {
+    succeeds("nothing");
 }
 
 #[test]

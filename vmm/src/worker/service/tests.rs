@@ -197,6 +197,7 @@ fn boot() -> Call {
         shares: Vec::new(),
         disks: Vec::new(),
         nics: Vec::new(),
+        file_servers: Vec::new(),
         guest_cid: 3,
         ready_port: 1024,
     })
