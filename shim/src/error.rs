@@ -134,6 +134,12 @@ pub(crate) enum Error {
     Forward(#[source] io::Error),
     #[error("cannot start the VM's worker process")]
     SpawnWorker(#[source] io::Error),
+    #[error("cannot start the file server {}, the one of storage.server in husk.toml", path.display())]
+    FileServer {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("cannot speak with the VM's worker process")]
     WorkerSocket(#[source] io::Error),
     #[error("the VM's worker process answered {answer} to {question}")]
@@ -205,6 +211,7 @@ impl Error {
             | Self::Network { .. }
             | Self::Forward(_)
             | Self::SpawnWorker(_)
+            | Self::FileServer { .. }
             | Self::WorkerSocket(_)
             | Self::WorkerProtocol { .. }
             | Self::BootRefused(_)

@@ -9,6 +9,7 @@ mod container;
 mod disks;
 mod error;
 mod events;
+mod file_server;
 mod growth;
 mod hooks;
 mod network;

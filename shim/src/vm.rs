@@ -20,9 +20,10 @@ use husk_config::{Cache, Config, Sharing, Storage};
 use husk_protocol::agent::Folder;
 use husk_protocol::{AGENT_PORT, GUEST_CID, READY_PORT, SHARE_TAG, notice};
 use husk_vmm::config::{
-    CachePolicy, DiskConfig, NoticeGids, ShareConfig, ShareProtocol, VmConfig, WatchConfig,
+    CachePolicy, DiskConfig, FileServerConfig, NoticeGids, ShareConfig, ShareProtocol, VmConfig,
+    WatchConfig,
 };
-use husk_vmm::control::Event;
+use husk_vmm::control::{Event, ExitReason};
 use log::{info, warn};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
@@ -34,6 +35,7 @@ use crate::agent::Agent;
 use crate::changes;
 use crate::console::{LastLines, follow};
 use crate::error::Error;
+use crate::file_server::FileServer;
 use crate::network::Network;
 use crate::size::{VmSize, VmSizes};
 use crate::storage::{Disk, VOLUME_PREFIX};
@@ -159,9 +161,14 @@ impl Vm {
 
         let begin = Instant::now();
         let (console_writer, console) = console_pipe().map_err(Error::SpawnWorker)?;
+        let (server, server_socket) = match storage.server() {
+            Some(program) => FileServer::spawn(program, share, storage).map(Some)?,
+            None => None,
+        }
+        .unzip();
         let (child, socket) = vmm::spawn()?;
         let (worker, events) = Worker::connect(socket).map_err(Error::SpawnWorker)?;
-        let mut starting = Starting::watch(child, worker, events, console);
+        let mut starting = Starting::watch(child, worker, events, console, server);
         let spawned = Instant::now();
 
         let vm_config = VmConfig {
@@ -170,16 +177,24 @@ impl Vm {
             memory_mib: sizes.start.memory_mib,
             max_memory_mib: sizes.most.memory_mib,
             kernel_params: config.kernel_params().to_owned(),
-            shares: vec![ShareConfig {
-                tag: SHARE_TAG.to_owned(),
-                path: share.to_owned(),
-                cache: cache_policy(storage),
-                protocol: protocol(storage),
-                watch: watch(storage),
-            }],
+            shares: match &server_socket {
+                Some(_) => Vec::new(),
+                None => vec![ShareConfig {
+                    tag: SHARE_TAG.to_owned(),
+                    path: share.to_owned(),
+                    cache: cache_policy(storage),
+                    protocol: protocol(storage),
+                    watch: watch(storage),
+                }],
+            },
             disks: Vec::new(),
             nics: network.nics(),
-            file_servers: Vec::new(),
+            file_servers: server_socket
+                .iter()
+                .map(|_| FileServerConfig {
+                    tag: SHARE_TAG.to_owned(),
+                })
+                .collect(),
             guest_cid: GUEST_CID,
             ready_port: READY_PORT,
         };
@@ -188,9 +203,10 @@ impl Vm {
             let agent = async {
                 let mut files = vec![kernel.as_fd(), initramfs.as_fd(), console_writer.as_fd()];
                 files.extend(network.descriptors());
+                files.extend(server_socket.as_ref().map(AsFd::as_fd));
                 starting.boot(vm_config, &files).await?;
                 // The worker has its copies.
-                drop((kernel, initramfs, console_writer));
+                drop((kernel, initramfs, console_writer, server_socket));
                 network.close();
                 let booted = Instant::now();
                 starting.ready().await?;
@@ -382,6 +398,7 @@ struct Starting {
     changed: Arc<Notify>,
     stopped: Arc<AtomicBool>,
     console: LastLines,
+    has_server: bool,
 }
 
 impl Starting {
@@ -390,6 +407,7 @@ impl Starting {
         worker: Worker,
         events: mpsc::UnboundedReceiver<Event>,
         console: pipe::Receiver,
+        server: Option<FileServer>,
     ) -> Self {
         let pid = child.id().expect("not yet waited for");
         let console_lines = LastLines::default();
@@ -407,8 +425,10 @@ impl Starting {
         let (ready_sender, ready) = watch::channel(false);
         let stopped = Arc::new(AtomicBool::new(false));
         let changed = Arc::new(Notify::new());
+        let has_server = server.is_some();
         let watcher = Watcher {
             child,
+            server,
             events,
             ready: ready_sender,
             changed: changed.clone(),
@@ -426,6 +446,7 @@ impl Starting {
             changed,
             stopped,
             console: console_lines,
+            has_server,
         }
     }
 
@@ -433,6 +454,10 @@ impl Starting {
         match self.worker.0.boot(config, files).await {
             // The worker died of it. Its exit status says more than the socket's.
             Err(Error::WorkerSocket(_)) => Err(Error::VmEnded(self.end.wait().await.to_string())),
+            // It may have been the server, whose words are more yet.
+            Err(Error::BootRefused(_)) if self.has_server => {
+                Err(Error::BootRefused(self.end.wait().await.to_string()))
+            }
             result => result,
         }
     }
@@ -496,7 +521,7 @@ impl Starting {
 }
 
 /// What the worker speaks with the guest of the folder that they share.
-fn protocol(storage: Storage) -> ShareProtocol {
+fn protocol(storage: &Storage) -> ShareProtocol {
     match storage.sharing() {
         Sharing::VirtioFs => ShareProtocol::Fuse {
             writeback: storage.writeback(),
@@ -507,7 +532,7 @@ fn protocol(storage: Storage) -> ShareProtocol {
 }
 
 /// What is watched of it: what kubelet and others may change. A container's root file system is the container's alone.
-fn watch(storage: Storage) -> Option<WatchConfig> {
+fn watch(storage: &Storage) -> Option<WatchConfig> {
     match storage.sharing() {
         Sharing::VirtioFs => Some(WatchConfig {
             prefix: VOLUME_PREFIX.to_owned(),
@@ -524,7 +549,7 @@ fn watch(storage: Storage) -> Option<WatchConfig> {
     }
 }
 
-fn cache_policy(storage: Storage) -> CachePolicy {
+fn cache_policy(storage: &Storage) -> CachePolicy {
     match storage.cache() {
         Cache::Auto => CachePolicy::Auto,
         Cache::None => CachePolicy::None,
@@ -533,7 +558,7 @@ fn cache_policy(storage: Storage) -> CachePolicy {
 }
 
 /// How the guest mounts the folder that it shares with the host.
-fn folder(storage: Storage) -> Folder {
+fn folder(storage: &Storage) -> Folder {
     let (fstype, options) = match storage.sharing() {
         Sharing::VirtioFs => ("virtiofs", String::new()),
         Sharing::NineP => {
@@ -567,6 +592,7 @@ async fn or_end<T>(result: Result<T, Error>, end: &End) -> Result<T, Error> {
 /// Watches a worker to its end.
 struct Watcher {
     child: Child,
+    server: Option<FileServer>,
     events: mpsc::UnboundedReceiver<Event>,
     ready: watch::Sender<bool>,
     /// Told when others have changed files of the guest.
@@ -580,18 +606,29 @@ struct Watcher {
 impl Watcher {
     async fn run(mut self) {
         let mut exit = None;
-        while let Some(event) = self.events.recv().await {
-            match event {
-                Event::Ready => drop(self.ready.send_replace(true)),
-                Event::FilesChanged => self.changed.notify_one(),
-                Event::Exited(reason) => exit = Some(reason),
+        let mut server_ended = false;
+        while !server_ended {
+            tokio::select! {
+                // What the worker said before its end closed the server's socket is read first.
+                biased;
+                event = self.events.recv() => match event {
+                    Some(Event::Ready) => drop(self.ready.send_replace(true)),
+                    Some(Event::FilesChanged) => self.changed.notify_one(),
+                    Some(Event::Exited(reason)) => exit = Some(reason),
+                    None => break,
+                },
+                () = end_of(&mut self.server) => server_ended = true,
             }
         }
-        // The control socket has closed, so the worker is ending; it gets no chance not to.
+        // The control socket has closed, so the worker is ending, or its file server has ended; it gets no chance not to.
         if let Err(err) = self.child.start_kill() {
             warn!("cannot kill the worker: {err}");
         }
         let status = self.child.wait().await;
+        let server = match self.server {
+            Some(server) => Some(server.finish().await),
+            None => None,
+        };
         // What the guest or the worker said last is still in the pipes.
         let last_words = async { tokio::join!(self.console.0, self.stderr.0) };
         if tokio::time::timeout(CONSOLE_END_LIMIT, last_words)
@@ -603,7 +640,15 @@ impl Watcher {
         let reason = if self.stopped.load(Ordering::Relaxed) {
             "it was shut down".to_owned()
         } else {
-            let reason = exit.map_or_else(|| worker_death(status), |reason| reason.to_string());
+            let of_server = server_ended || matches!(exit, Some(ExitReason::FileServer { .. }));
+            let reason = match (exit, server) {
+                (None, Some(server)) if of_server => server,
+                (Some(reason), Some(server)) if of_server => format!("{reason}; {server}"),
+                (Some(reason), _) => reason.to_string(),
+                // It may have been what killed the worker.
+                (None, Some(server)) => format!("{}; {server}", worker_death(status)),
+                (None, None) => worker_death(status),
+            };
             format!(
                 "{reason}{}{}",
                 self.console.1.epilogue("the guest's console"),
@@ -613,6 +658,14 @@ impl Watcher {
         info!("the VM has ended: {reason}");
         // `ready` is dropped after `end` has its value, so that who waits for either finds a reason.
         self.end.send_replace(Some(reason.into()));
+    }
+}
+
+/// Waits for the end of a server, if there is one. How it ended is told when it is finished.
+async fn end_of(server: &mut Option<FileServer>) {
+    match server {
+        Some(server) => drop(server.ended().await),
+        None => std::future::pending().await,
     }
 }
 

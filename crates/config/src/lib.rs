@@ -50,7 +50,7 @@ const DAX_WINDOW_MIB: RangeInclusive<u32> = 16..=16384;
 const ANNOTATION_PREFIX: &str = "io.husk.";
 
 /// The keys that an administrator may leave to pods. None of the others is a pod's business: a path is one of the host's,
-/// which the shim opens as root, and what host networking means is the node's decision.
+/// which the shim opens, or runs, as root, and what host networking means is the node's decision.
 const ANNOTATION_KEYS: [&str; 11] = [
     "vm.vcpus",
     "vm.max_vcpus",
@@ -124,9 +124,10 @@ pub enum HostNetwork {
 }
 
 /// How a pod has its files: the table `[storage]`.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Storage {
     sharing: Sharing,
+    server: Option<PathBuf>,
     cache: Cache,
     writeback: bool,
     dax_window_mib: u32,
@@ -253,8 +254,8 @@ impl Config {
 
     /// The files of containers.
     #[must_use]
-    pub fn storage(&self) -> Storage {
-        self.storage
+    pub fn storage(&self) -> &Storage {
+        &self.storage
     }
 }
 
@@ -297,25 +298,32 @@ impl Network {
 impl Storage {
     /// By what the host shares files.
     #[must_use]
-    pub fn sharing(self) -> Sharing {
+    pub fn sharing(&self) -> Sharing {
         self.sharing
+    }
+
+    /// The program that serves the files, with virtiofsd's options; an absolute path. `None` is the VM's worker process. With
+    /// one, files are shared by virtio-fs, and there is no window.
+    #[must_use]
+    pub fn server(&self) -> Option<&Path> {
+        self.server.as_deref()
     }
 
     /// How far the guest relies on what it has read before.
     #[must_use]
-    pub fn cache(self) -> Cache {
+    pub fn cache(&self) -> Cache {
         self.cache
     }
 
     /// The guest keeps what is written for a while before it tells the host.
     #[must_use]
-    pub fn writeback(self) -> bool {
+    pub fn writeback(&self) -> bool {
         self.writeback
     }
 
     /// The size of the window in which the guest has files of the host mapped. None if zero.
     #[must_use]
-    pub fn dax_window_mib(self) -> u32 {
+    pub fn dax_window_mib(&self) -> u32 {
         self.dax_window_mib
     }
 
@@ -325,10 +333,14 @@ impl Storage {
             ("none", Cache::None),
             ("always", Cache::Always),
         ];
-        let protocols = [("virtio-fs", Sharing::VirtioFs), ("9p", Sharing::NineP)];
+        let server = check(text, "storage.server", raw.server, absolute_path)?.or(self.server);
+        let protocols: &[_] = match server {
+            None => &[("virtio-fs", Sharing::VirtioFs), ("9p", Sharing::NineP)],
+            Some(_) => &[("virtio-fs", Sharing::VirtioFs)],
+        };
         Ok(Self {
             sharing: check(text, "storage.sharing", raw.sharing, |value| {
-                one_of(value, &protocols)
+                one_of(value, protocols).map_err(|expected| beside(server.as_deref(), expected))
             })?
             .unwrap_or(self.sharing),
             cache: check(text, "storage.cache", raw.cache, |value| {
@@ -341,9 +353,14 @@ impl Storage {
                 text,
                 "storage.dax_window_mib",
                 raw.dax_window_mib,
-                dax_window_mib,
+                |value| match server {
+                    None => dax_window_mib(value),
+                    Some(_) => integer(value, &(0..=0))
+                        .map_err(|_| beside(server.as_deref(), "0".to_owned())),
+                },
             )?
             .unwrap_or(self.dax_window_mib),
+            server,
         })
     }
 }
@@ -494,6 +511,7 @@ struct RawNetwork {
 #[serde(deny_unknown_fields, expecting = "a table of keys")]
 struct RawStorage {
     sharing: Option<Spanned<Value>>,
+    server: Option<Spanned<Value>>,
     cache: Option<Spanned<Value>>,
     writeback: Option<Spanned<Value>>,
     dax_window_mib: Option<Spanned<Value>>,
@@ -558,6 +576,14 @@ fn dax_window_mib(value: &Value) -> Result<u32, String> {
     integer(value, &(0..=0))
         .or_else(|_| integer(value, &DAX_WINDOW_MIB))
         .map_err(|expected| format!("0 for none, or {expected}"))
+}
+
+/// What is allowed, and that it is so because of a server.
+fn beside(server: Option<&Path>, allowed: String) -> String {
+    match server {
+        None => allowed,
+        Some(server) => format!("{allowed}, since storage.server is {}", server.display()),
+    }
 }
 
 fn one_of<T: Copy>(value: &Value, words: &[(&str, T)]) -> Result<T, String> {

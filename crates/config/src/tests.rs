@@ -263,7 +263,8 @@ fn annotations_hold_truths() {
             ("io.husk.storage.writeback", value),
         ])
     };
-    let storage = with("true").unwrap().storage();
+    let config = with("true").unwrap();
+    let storage = config.storage();
     assert_eq!((storage.cache(), storage.writeback()), (Cache::None, true));
     assert!(!with("false").unwrap().storage().writeback());
     for value in ["yes", "1", ""] {
@@ -297,6 +298,42 @@ fn a_dax_window_is_none_or_of_a_useful_size() {
 }
 
 #[test]
+fn a_server_shares_by_virtio_fs_and_without_a_window() {
+    let with = |keys: &str| {
+        let text = format!(
+            "[annotations]\nallow = [\"storage.sharing\", \"storage.dax_window_mib\"]\n[storage]\n{keys}"
+        );
+        Config::from_toml(&text, "husk.toml")
+    };
+    assert_eq!(Config::default().storage().server(), None);
+    let config = with("dax_window_mib = 0\nsharing = \"virtio-fs\"\nserver = \"/s\"").unwrap();
+    assert_eq!(config.storage().server(), Some(Path::new("/s")));
+    for (keys, wrong) in [
+        (
+            "sharing = \"9p\"\nserver = \"/s\"",
+            "4: storage.sharing is \"9p\"; allowed is one of \"virtio-fs\", since storage.server is /s",
+        ),
+        (
+            "server = \"/s\"\ndax_window_mib = 64",
+            "5: storage.dax_window_mib is 64; allowed is 0, since storage.server is /s",
+        ),
+        (
+            "server = \"s\"",
+            "4: storage.server is \"s\"; allowed is an absolute path",
+        ),
+    ] {
+        let text = with(keys).unwrap_err().to_string();
+        assert_eq!(text, format!("husk.toml:{wrong}"));
+    }
+    for (name, value) in [("sharing", "9p"), ("dax_window_mib", "64")] {
+        let name = format!("io.husk.storage.{name}");
+        let refused = config.clone().with_annotations([(name.as_str(), value)]);
+        let text = refused.unwrap_err().to_string();
+        assert!(text.ends_with("since storage.server is /s"), "{text}");
+    }
+}
+
+#[test]
 fn nonsense_in_an_annotation_is_named() {
     for value in ["", "many", "-1", "12 GiB", "99999999999999999999"] {
         let text = annotated(&[("io.husk.vm.memory_mib", value)])
@@ -311,11 +348,14 @@ fn nonsense_in_an_annotation_is_named() {
 
 #[test]
 fn paths_of_the_host_cannot_be_left_to_pods() {
-    let text = Config::from_toml("[annotations]\nallow = [\"vm.kernel\"]", "husk.toml")
-        .unwrap_err()
-        .to_string();
-    assert!(
-        text.starts_with("husk.toml:2: annotations.allow is "),
-        "{text}"
-    );
+    for key in ["vm.kernel", "storage.server"] {
+        let text = format!("[annotations]\nallow = [\"{key}\"]");
+        let text = Config::from_toml(&text, "husk.toml")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            text.starts_with("husk.toml:2: annotations.allow is "),
+            "{text}"
+        );
+    }
 }
