@@ -4,14 +4,17 @@ import hashlib
 import os
 import resource
 import shutil
+import signal
 
-from harness import Case, as_alice, roots_are_disks
+from harness import CONTAINERD_LOG, Case, as_alice, children, processes, remove_fifos_of_ctr, roots_are_disks, wait_until
 
 # Of 255 bytes, with every byte that a name may have, and many that are no UTF-8.
 NAME = bytes(byte for byte in range(256) if byte not in b"\0/").ljust(255, b"~")
 
 
-class Storage(Case):
+class Shared(Case):
+    """With a folder of the host's."""
+
     def setUp(self):
         self.enterContext(self.nothing_left())
         super().setUp()
@@ -22,6 +25,27 @@ class Storage(Case):
         """The options that bind the folder into a container."""
         return ["--mount", f"type=bind,src={self.share},dst=/share,options=rbind:{rights}"]
 
+    def write(self, content):
+        with open(f"{self.share}/file", "w", encoding="ascii") as file:
+            file.write(content)
+
+    def mount_with(self, *keys):
+        """The options for a container with the folder, for whose VM these keys of the table [storage] hold."""
+        if self.runtime != "husk":
+            self.skipTest("runc has no cache of its own")
+        path = os.path.join(self.folder, "husk.toml")
+        with open(path, "w", encoding="ascii") as file:
+            file.write("\n".join(["[storage]", *keys, ""]))
+        return [*self.mount(), "--runtime-config-path", path]
+
+    def shell_with(self, *keys):
+        """A shell in a container made with `mount_with`."""
+        shell = self.terminal_container("sh", options=self.mount_with(*keys))
+        shell.expect("# ")
+        return shell
+
+
+class Storage(Shared):
     def test_a_full_disk(self):
         self.mount_disk(self.share, "16M")
         task = self.start(options=self.mount())
@@ -145,25 +169,6 @@ class Storage(Case):
         self.assertIn("File too large", task.exec("dd", "if=/dev/zero", "of=/share/large", "bs=64k", "count=32", code=1).err)
         task.exec("touch", "/share/new", code=0)
 
-    def write(self, content):
-        with open(f"{self.share}/file", "w", encoding="ascii") as file:
-            file.write(content)
-
-    def mount_with(self, *keys):
-        """The options for a container with the folder, for whose VM these keys of the table [storage] hold."""
-        if self.runtime != "husk":
-            self.skipTest("runc has no cache of its own")
-        path = os.path.join(self.folder, "husk.toml")
-        with open(path, "w", encoding="ascii") as file:
-            file.write("\n".join(["[storage]", *keys, ""]))
-        return [*self.mount(), "--runtime-config-path", path]
-
-    def shell_with(self, *keys):
-        """A shell in a container made with `mount_with`."""
-        shell = self.terminal_container("sh", options=self.mount_with(*keys))
-        shell.expect("# ")
-        return shell
-
     def test_nothing_is_cached(self):
         self.write("first")
         shell = self.shell_with('cache = "none"')
@@ -280,3 +285,120 @@ class Storage(Case):
         shell.expect("written")
         with open(f"{self.share}/new", encoding="ascii") as file:
             self.assertEqual(file.read(), "1\n2\n3\n")
+
+
+class Server(Shared):
+    """With virtiofsd as the file server."""
+
+    def mount_by_server(self, *keys, server=None):
+        """The options for a container with the folder, whose files a server serves; its path is Debian's virtiofsd unless given."""
+        # What ci/node has fetched.
+        server = server or os.environ["HUSK_TEST_VIRTIOFSD"]
+        return self.mount_with(f'server = "{server}"', *keys)
+
+    def servers(self, task):
+        """The pids of a container's servers: virtiofsd, and its child in a PID namespace."""
+        with open(f"/proc/{task.pid}/stat", encoding="ascii") as file:
+            shim = int(file.read().rpartition(")")[2].split()[1])
+        [outer] = [pid for pid in children(shim) if "--shared-dir" in processes().get(pid, "")]
+        [inner] = children(outer)
+        return outer, inner
+
+    def test_files_by_a_server(self):
+        self.write("first")
+        task = self.start(options=self.mount_by_server())
+        mounts = task.exec("grep", "-E", "^[^ ]+ (/|/share) ", "/proc/mounts", code=0).out
+        root = "ext4" if roots_are_disks() else "virtiofs"
+        self.assertEqual([line.split()[2] for line in mounts.splitlines()], [root, "virtiofs"])
+        self.assertEqual(task.exec("cat", "/share/file", code=0).out, "first")
+        self.write("other")
+        # Attributes are valid for a second.
+        task.exec("sh", "-c", "until [ $(cat /share/file) = other ]; do sleep 0.1; done", code=0)
+        out = task.exec("sh", "-ec", """
+            cd /share
+            exec 3<>gone; rm gone; echo kept >&3; cat /proc/self/fd/3
+            mkdir folder; mv file folder/moved; ln -s moved folder/link; cat folder/link; echo
+            chown 1:2 folder/moved; chmod 4711 folder/moved; stat -c '%u %g %a' folder/moved
+            mkfifo fifo; stat -c %F fifo
+            dd if=/dev/urandom of=large bs=1M count=8 conv=fsync 2>/dev/null; sync; sha256sum large
+            """, code=0).out.splitlines()
+        self.assertEqual(out[:4], ["kept", "other", "1 2 4711", "fifo"])
+        with open(f"{self.share}/large", "rb") as file:
+            self.assertEqual(out[4].split()[0], hashlib.sha256(file.read()).hexdigest())
+        found = os.stat(f"{self.share}/folder/moved")
+        self.assertEqual((found.st_uid, found.st_gid, found.st_mode & 0o7777), (1, 2, 0o4711))
+        self.assertFalse(os.path.exists(f"{self.share}/gone"))
+        self.assertIn("Permission denied", task.exec("touch", "/share/alices", options=as_alice()).err)
+        task.exec("chmod", "0777", "/share", code=0)
+        task.exec("touch", "/share/alices", options=as_alice(), code=0)
+        found = os.stat(f"{self.share}/alices")
+        self.assertEqual((found.st_uid, found.st_gid), (1000, 1000))
+
+        def of(pid, name):
+            with open(f"/proc/{pid}/{name}", encoding="ascii") as file:
+                return file.read()
+
+        # The worker has no file of the host's, and no right to any.
+        self.assertEqual(os.listdir(f"/proc/{task.pid}/root"), ["dev"])
+        self.assertRegex(of(task.pid, "status"), r"CapPrm:\s0+\n")
+        for pid in self.servers(task):
+            self.assertEqual(of(pid, "cgroup"), of(task.pid, "cgroup"))
+            self.assertEqual(of(pid, "oom_score_adj"), "0\n")
+
+    def test_a_container_that_joins_a_server(self):
+        if roots_are_disks():
+            self.skipTest("the same with folders")
+        pod = ["--annotation", "io.kubernetes.cri.sandbox-id=served"]
+        first = self.start(options=[*self.mount_by_server('cache = "none"'), *pod])
+        later = os.path.join(self.folder, "later")
+        os.mkdir(later)
+        self.mount_disk(later, "16M")
+        # Both its root file system and its volume appear below the shared folder after the server has its own mounts.
+        second = self.start(options=["--mount", f"type=bind,src={later},dst=/later,options=rbind:rw", *pod])
+        second.exec("sh", "-c", "echo seen >/later/file; sync; echo own >/own", code=0)
+        with open(f"{later}/file", encoding="ascii") as file:
+            self.assertEqual(file.read(), "seen\n")
+        self.assertEqual(first.pid, second.pid)
+        first.exec("sh", "-c", "echo both >/share/file", code=0)
+        second.ctr("kill", "-s", "SIGKILL", code=0)
+        second.wait_for("STOPPED")
+        self.assertEqual(second.end(), 137)
+        # Nobody holds it.
+        self.command("umount", later, code=0)
+        self.command("mount", "-o", "loop", f"{later}.ext4", later, code=0)
+        self.assertEqual(first.exec("cat", "/share/file", code=0).out, "both")
+
+    def test_a_server_that_is_killed(self):
+        # The one that waits for the other tells how that ended by its own status.
+        for which, said in enumerate(["signal: 9 (SIGKILL)", "exit status: 247"]):
+            with self.subTest(which), self.nothing_left():
+                log = os.path.getsize(CONTAINERD_LOG)
+                task = self.start(options=self.mount_by_server())
+                os.kill(self.servers(task)[which], signal.SIGKILL)
+                task.wait_for("STOPPED")
+                self.assertEqual(task.end(), 137)
+                self.ctr("c", "rm", task.name, code=0)
+                with open(CONTAINERD_LOG, encoding="utf-8", errors="replace") as file:
+                    file.seek(log)
+                    ends = [line for line in file if 'msg="the VM has ended: ' in line]
+                self.assertEqual(len(ends), 1, ends)
+                self.assertIn(f"the file server has ended ({said})", ends[0])
+
+    def test_a_server_of_a_shim_that_is_killed(self):
+        task = self.start(options=self.mount_by_server())
+        servers = set(self.servers(task))
+        with open(f"/proc/{task.pid}/stat", encoding="ascii") as file:
+            shim = int(file.read().rpartition(")")[2].split()[1])
+        os.kill(shim, signal.SIGKILL)
+        wait_until(lambda: not processes().keys() & servers, "the end of the servers", timeout=20)
+        self.remove(task.name)
+        # Whose client is not there to do it.
+        remove_fifos_of_ctr(task.name)
+
+    def test_a_server_that_does_not_start(self):
+        refused = self.run_container("true", options=self.mount_by_server(server="/no/such/server"), code=1)
+        self.assertIn("/no/such/server, the one of storage.server in husk.toml: no such file or directory", refused.err)
+        refused = self.run_container("true", options=self.mount_by_server(server="/bin/false"), code=1)
+        self.assertIn("the file server has ended (exit status: 1)", refused.err)
+        refused = self.run_container("true", options=self.mount_by_server('sharing = "9p"'), code=1)
+        self.assertIn("storage.sharing is \"9p\"; allowed is", refused.err)

@@ -1,9 +1,18 @@
 //! Files as the guest's users know them, on a shared folder and on a disk.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test ends where something of its own fails"
+)]
+
 use std::fs::Permissions;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command};
 
-use husk_vmm::config::{CachePolicy, DiskConfig, ShareConfig, ShareProtocol};
+use command_fds::{CommandFdExt, FdMapping};
+use husk_vmm::config::{CachePolicy, DiskConfig, FileServerConfig, ShareConfig, ShareProtocol};
 use husk_vmm::control::ExitReason;
 
 use crate::support::{self, Guest};
@@ -52,10 +61,11 @@ su v -c 'echo mine > volume/other' 2>/dev/null && fail 'others may write'
 chmod 6777 d/f8; su u -c 'echo x >> d/f8'; is 'mode after a write' $(stat -c %a d/f8) 777
 
 cat outside/host-secret 2>/dev/null && fail 'a link led out of the folder'
-rm -r d || fail 'rm -r'
-cd /; umount /mnt || fail umount
-echo HUSK END; poweroff -f
 "#;
+
+const REMOVED: &str = "rm -r d || fail 'rm -r'\n";
+
+const END: &str = "cd /; umount /mnt || fail umount\necho HUSK END; poweroff -f\n";
 
 const DISK: &str = r#"
 disk=/dev/$(grep -l ^data /sys/block/*/serial | cut -d/ -f4)
@@ -72,6 +82,37 @@ dd if=/dev/zero of=$disk bs=1M count=1 oflag=direct 2>/dev/null || fail direct
 echo HUSK END; poweroff -f
 "#;
 
+/// A folder for [`FOLDER`], and one that it leads to.
+fn folder() -> [tempfile::TempDir; 2] {
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("host-secret"), "HUSK FAIL").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    symlink(outside.path(), folder.path().join("outside")).unwrap();
+    [folder, outside]
+}
+
+/// Debian's virtiofsd, as the shim starts it, and the end of its client.
+fn virtiofsd(folder: &Path) -> (Child, UnixStream) {
+    let program = std::env::var_os("HUSK_TEST_VIRTIOFSD").expect("set by ci/test, as the other");
+    let place = tempfile::tempdir().unwrap();
+    let socket = place.path().join("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let client = UnixStream::connect(&socket).unwrap();
+    let server = Command::new(program)
+        .args(["--fd=3", "--no-announce-submounts", "--posix-acl"])
+        .arg("--shared-dir")
+        .arg(folder)
+        .fd_mappings(vec![FdMapping {
+            parent_fd: listener.into(),
+            child_fd: 3,
+        }])
+        .unwrap()
+        .spawn()
+        .unwrap();
+    (server, client)
+}
+
 #[track_caller]
 fn assert_passed(guest: Guest) {
     let (reason, output) = guest.start().end();
@@ -85,12 +126,8 @@ fn assert_passed(guest: Guest) {
 #[test]
 fn a_shared_folder_behaves_as_a_file_system() {
     support::require_kvm!();
-    let outside = tempfile::tempdir().unwrap();
-    std::fs::write(outside.path().join("host-secret"), "HUSK FAIL").unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
-    symlink(outside.path(), folder.path().join("outside")).unwrap();
-    let mut guest = Guest::new(&[PRELUDE, FOLDER].concat());
+    let [folder, _outside] = folder();
+    let mut guest = Guest::new(&[PRELUDE, FOLDER, REMOVED, END].concat());
     guest.config.shares = vec![ShareConfig {
         tag: "husk".to_owned(),
         path: folder.path().to_owned(),
@@ -102,6 +139,23 @@ fn a_shared_folder_behaves_as_a_file_system() {
         watch: None,
     }];
     assert_passed(guest);
+}
+
+#[test]
+fn a_folder_that_another_process_serves_does_so_too() {
+    support::require_kvm!();
+    let [folder, _outside] = folder();
+    let (mut server, client) = virtiofsd(folder.path());
+    // virtiofsd asks the host where in a folder it was, which a tmpfs before Linux 6.6 forgets when files are removed.
+    let mut guest = Guest::new(&[PRELUDE, FOLDER, END].concat());
+    // With memory that is there, and is not.
+    guest.config.max_memory_mib = 2 * guest.config.memory_mib;
+    guest.config.file_servers = vec![FileServerConfig {
+        tag: "husk".to_owned(),
+    }];
+    guest.file_servers = vec![client.into()];
+    assert_passed(guest);
+    assert!(server.wait().unwrap().success(), "it ends with its client");
 }
 
 #[test]

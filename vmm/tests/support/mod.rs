@@ -40,6 +40,7 @@ pub(crate) struct Guest {
     pub(crate) init: String,
     pub(crate) disks: Vec<File>,
     pub(crate) nics: Vec<NicFiles>,
+    pub(crate) file_servers: Vec<OwnedFd>,
 }
 
 impl Guest {
@@ -63,6 +64,7 @@ impl Guest {
             init: init.to_owned(),
             disks: Vec::new(),
             nics: Vec::new(),
+            file_servers: Vec::new(),
         }
     }
 
@@ -83,7 +85,7 @@ impl Guest {
             console: output,
             disks: self.disks,
             nics: self.nics,
-            file_servers: Vec::new(),
+            file_servers: self.file_servers,
         };
         let begin = Instant::now();
         let vmm = Vmm::new(&self.config, files, || (), Confinement::NONE).unwrap();

@@ -15,7 +15,7 @@ use fuse_backend_rs::api::filesystem::ROOT_ID;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vm_memory::{
     ByteValued, Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
 };
@@ -510,7 +510,8 @@ fn virtiofsd_serves() {
     let listener = UnixListener::bind(&socket).unwrap();
     let client = UnixStream::connect(&socket).unwrap();
     let mut server = Command::new(program)
-        .args(["--fd=3", "--sandbox=chroot", "--shared-dir"])
+        .args(["--fd=3", "--sandbox=chroot", "--no-announce-submounts"])
+        .arg("--shared-dir")
         .arg(&share)
         .fd_mappings(vec![FdMapping {
             parent_fd: listener.into(),
