@@ -133,6 +133,18 @@ class PodCase(Case):
         path = self.write_json(wanted)
         return self.crictl("runp", "--runtime", HANDLER or self.runtime, path), path
 
+    def configure(self, text):
+        """Adds to husk's configuration, until the test is over."""
+        with open("/etc/husk/husk.toml", "r+", encoding="ascii") as file:
+            before = file.read()
+            file.write(text)
+
+        def restore():
+            with open("/etc/husk/husk.toml", "w", encoding="ascii") as file:
+                file.write(before)
+
+        self.addCleanup(restore)
+
     def pod(self, **config):
         """A pod that runs, until the test is over."""
         result, path = self.try_pod(**config)

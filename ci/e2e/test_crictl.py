@@ -322,15 +322,7 @@ class Crictl(PodCase):
     def test_a_pod_may_set_by_annotation_what_it_is_allowed(self):
         if self.runtime != "husk":
             self.skipTest("it is husk's")
-        with open("/etc/husk/husk.toml", "r+", encoding="ascii") as file:
-            before = file.read()
-            file.write('[annotations]\nallow = ["vm.vcpus"]\n')
-
-        def restore():
-            with open("/etc/husk/husk.toml", "w", encoding="ascii") as file:
-                file.write(before)
-
-        self.addCleanup(restore)
+        self.configure('[annotations]\nallow = ["vm.vcpus"]\n')
         pod = self.pod(annotations={"io.husk.vm.vcpus": "2", "another.example/key": "value"})
         self.assertEqual(pod.start().output_of("nproc"), "2")
         for key, value, words in (

@@ -99,6 +99,51 @@ class Pods(PodCase):
         third.exec("sh", "-c", "echo below >/sub/file", code=0)
         self.assertEqual(first.output_of("cat", "/cache/sub/file"), "below")
 
+    def test_empty_dir_that_is_a_disk(self):
+        if self.runtime != "husk":
+            self.skipTest("it is husk's")
+        self.configure('[storage]\nempty_dir_disk_mib = 1024\n[annotations]\nallow = ["storage.empty_dir_disk_mib"]\n')
+        volume = os.path.join(self.folder, "volumes", "kubernetes.io~empty-dir", "data")
+        elsewhere = os.path.join(self.folder, "volume-subpaths", "data", "c", "0")
+        for folder in os.path.join(volume, "sub"), elsewhere:
+            os.makedirs(folder)
+        subprocess.run(["mount", "--bind", os.path.join(volume, "sub"), elsewhere], check=True)
+        self.addCleanup(subprocess.run, ["umount", elsewhere], check=True)
+        os.chmod(volume, 0o2777)
+        os.chown(volume, 0, 2000)
+        mounts = [{"host_path": volume, "container_path": "/data"}]
+        pod = self.pod(annotations={"io.husk.storage.empty_dir_disk_mib": "32"})
+        first = pod.start(mounts=mounts)
+        second = pod.start(mounts=[*mounts, {"host_path": elsewhere, "container_path": "/sub"}])
+        self.assertEqual(first.output_of("stat", "-c", "%a %u %g", "/data"), "2777 0 2000")
+        self.assertEqual(first.output_of("sh", "-c", "ls /data; awk '$2 == \"/data\" {print $3}' /proc/mounts"), "sub\next4")
+        first.exec("sh", "-c", "echo common >/data/sub/file", code=0)
+        self.assertEqual(second.output_of("cat", "/sub/file", "/data/sub/file"), "common\ncommon")
+        # There is an end to it, and what is removed is free on the host, too.
+        full = first.exec("dd", "if=/dev/urandom", "of=/data/big", "bs=1M", "count=40", "conv=fsync")
+        self.assertIn("No space left on device", full.err)
+        image = os.path.join(volume, ".husk.ext4")
+
+        def taken():
+            return os.stat(image).st_blocks * 512
+
+        self.assertEqual(os.stat(image).st_size, 32 * MIB)
+        self.assertGreater(taken(), 16 * MIB)
+        first.exec("sh", "-c", "rm /data/big; sync", code=0)
+        wait_until(lambda: taken() < 8 * MIB, "the host to have its blocks back")
+        # A sandbox that is made anew for the pod has the same volume, whatever the size would be now.
+        pod.remove(code=0)
+        self.assertEqual(sorted(os.listdir(volume)), [".husk.ext4", "sub"])
+        again = self.pod().start(mounts=mounts)
+        self.assertEqual(again.output_of("cat", "/data/sub/file"), "common")
+        # What the host has put there is not hidden.
+        other = os.path.join(self.folder, "volumes", "kubernetes.io~empty-dir", "other")
+        os.makedirs(other)
+        with open(os.path.join(other, "file"), "w", encoding="ascii") as file:
+            file.write("of the host\n")
+        shared = self.pod().start(mounts=[{"host_path": other, "container_path": "/data"}])
+        self.assertEqual(shared.output_of("cat", "/data/file"), "of the host")
+
     def test_unix_socket_on_a_volume_connects_containers(self):
         folder = os.path.join(self.folder, "kubernetes.io~empty-dir", "disk")
         os.makedirs(folder)

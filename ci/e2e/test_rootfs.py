@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+import stat
 import subprocess
 import tempfile
 
 import api
-from harness import Case, enable_blockfile, since
+from harness import Case, enable_blockfile, enable_erofs, since
 
 
 def flushes(device):
@@ -109,3 +110,104 @@ class Rootfs(Case):
         self.assertIn("Operation not permitted", result.err)
         with open(written, "rb") as file:
             self.assertEqual(file.read(8), b"written\n")
+
+
+class Layers(Case):
+    """Root file systems that are EROFS images on top of each other."""
+
+    @since(2, 1, "has no snapshotter that makes EROFS images")
+    def test_layers_of_a_snapshotter(self):
+        enable_erofs()
+        options = ["--snapshotter", "erofs"]
+        # Where containerd mounts a layer when it is asked for first, it stays.
+        self.output_of("true", options=options, runtime="runc")
+        self.enterContext(self.nothing_left())
+        task = self.start(options=options)
+        task.exec("sh", "-c", "echo kept >/new && rm -r /etc && mkdir /etc && touch /etc/only && rm /bin/vi", code=0)
+        if self.runtime == "husk":
+            mounts = task.exec("sh", "-c", "awk '$2 == \"/\" {print $3}' /proc/mounts; ls /sys/block", code=0).out.split()
+            self.assertEqual(mounts, ["overlay", "vda", "vdb"], "a layer, and what is written")
+        # The container stays, and so does what it has written.
+        task.ctr("kill", "-s", "SIGKILL", code=0)
+        task.wait_for("STOPPED")
+        self.assertEqual(task.end(), 137)
+        task.ctr("start", "--detach", code=0)
+        self.assertEqual(task.exec("cat", "/new", code=0).out, "kept")
+        self.assertEqual(task.exec("ls", "/etc", code=0).out, "only")
+        self.assertEqual(task.exec("ls", "/bin/vi", code=1).out, "")
+
+    def layers(self, *contents):
+        """The options of an overlay of EROFS images, the topmost first, each of a folder that a function fills, as containerd's
+        snapshotter has them."""
+        scratch = os.path.join(self.folder, "scratch")
+        os.mkdir(scratch)
+        # The machine's own root is an overlay, which is no layer of another.
+        self.command("mount", "-t", "tmpfs", "tmpfs", scratch, code=0)
+        self.addCleanup(subprocess.run, ["umount", scratch], check=True)
+        lower = []
+        for number, fill in enumerate(contents):
+            layer = os.path.join(self.folder, str(number))
+            os.makedirs(f"{layer}/fs")
+            content = os.path.join(scratch, str(number))
+            os.mkdir(content)
+            fill(content)
+            self.command("mkfs.erofs", f"{layer}/layer.erofs", content, code=0)
+            self.command("mount", "-t", "erofs", "-o", "loop,ro", f"{layer}/layer.erofs", f"{layer}/fs", code=0)
+            self.addCleanup(subprocess.run, ["umount", f"{layer}/fs"], check=True)
+            lower.append(f"{layer}/fs")
+        self.upper = f"{scratch}/top/fs"
+        work = f"{scratch}/top/work"
+        for folder in self.upper, work:
+            os.makedirs(folder)
+        return [f"lowerdir={':'.join(lower)}", f"upperdir={self.upper}", f"workdir={work}"]
+
+    def base(self, folder):
+        """The image's files, and some that other layers change."""
+        self.command("cp", "-a", f"{self.rootfs()}/.", folder, code=0)
+        os.makedirs(f"{folder}/data/old")
+        for name in "a", "b":
+            with open(f"{folder}/{name}", "w", encoding="ascii") as file:
+                file.write("below\n")
+
+    def changes(self, folder):
+        """One file changed, one removed, and a folder made anew."""
+        with open(f"{folder}/a", "w", encoding="ascii") as file:
+            file.write("above\n")
+        os.mknod(f"{folder}/b", stat.S_IFCHR, 0)
+        os.makedirs(f"{folder}/data/new")
+        os.setxattr(f"{folder}/data", "trusted.overlay.opaque", b"y")
+
+    LOOK = ["sh", "-c", "cat /a; ls /b /data; echo w >/w && sync && cat /w; ls /sys/block | wc -l"]
+
+    def test_layers_on_top_of_each_other(self):
+        task, created = self.create_task([api.mount("overlay", "overlay", *self.layers(self.changes, self.base))])
+        self.assertEqual(created.code, "OK", created)
+        self.assertEqual(api.call("Start", task.name).code, "OK")
+        said = task.exec(*self.LOOK, code=0)
+        self.assertEqual(said.out.split()[:4], ["above", "/data:", "new", "w"])
+        self.assertIn("/b: No such file or directory", said.err)
+        if self.runtime == "husk":
+            self.assertEqual(said.out.split()[4], "3", "two layers, and what is written")
+            kept = os.stat(f"{self.upper}/.husk.ext4")
+            self.assertLess(kept.st_blocks * 512, 64 << 20, f"of {kept.st_size}")
+
+    def test_more_layers_than_a_vm_has_slots(self):
+        def one(folder):
+            with open(f"{folder}/a", "w", encoding="ascii") as file:
+                file.write("one of many\n")
+
+        task, created = self.create_task([api.mount("overlay", "overlay", *self.layers(*[one] * 17, self.base))])
+        self.assertEqual(created.code, "OK", created)
+        self.assertEqual(api.call("Start", task.name).code, "OK")
+        self.assertEqual(task.exec("cat", "/a", code=0).out, "one of many")
+        if self.runtime == "husk":
+            self.assertEqual(task.exec("ls", "/sys/block", code=0).out, "", "they are shared")
+
+    def test_layers_that_were_written_to_on_the_host(self):
+        options = self.layers(self.changes, self.base)
+        with open(f"{self.upper}/a", "w", encoding="ascii") as file:
+            file.write("by the host\n")
+        task, created = self.create_task([api.mount("overlay", "overlay", *options)])
+        self.assertEqual(created.code, "OK", created)
+        self.assertEqual(api.call("Start", task.name).code, "OK")
+        self.assertEqual(task.exec("cat", "/a", code=0).out, "by the host")

@@ -95,6 +95,7 @@ pub(crate) struct Creation<'a> {
     pub(crate) volumes: &'a [agent::Volume],
     /// With the root file system.
     pub(crate) root_disk: Option<&'a agent::RootDisk>,
+    pub(crate) root_layers: Option<&'a agent::RootLayers>,
     pub(crate) disk_devices: &'a [agent::DiskDevice],
     /// That the host shares.
     pub(crate) folder: &'a agent::Folder,
@@ -186,9 +187,12 @@ impl Containers {
         }
         if let Some(disk) = creation.root_disk {
             self.disks.mount_root(id, disk).await?;
+        } else if let Some(layers) = creation.root_layers {
+            self.disks.mount_layers(id, layers).await?;
         }
         let disks = self.disk_nodes(creation.disk_devices).await?;
-        self.volumes.make(creation.volumes)?;
+        let devices = self.volume_devices(creation.volumes).await?;
+        self.volumes.make(creation.volumes, &devices)?;
         let folders = self.volumes.locate(&mut spec)?;
         let prepared = if sandbox {
             make_sandbox_root(&spec)?;
@@ -249,6 +253,16 @@ impl Containers {
             oom_watch,
             _mounts: [folders, namespaces],
         })
+    }
+
+    /// The files of the disks that volumes are on, by their serials.
+    async fn volume_devices(&self, volumes: &[agent::Volume]) -> Result<HashMap<String, PathBuf>> {
+        let mut devices = HashMap::new();
+        for volume in volumes.iter().filter(|volume| !volume.serial.is_empty()) {
+            let device = self.disks.find(&volume.serial).await?;
+            devices.insert(volume.serial.clone(), device);
+        }
+        Ok(devices)
     }
 
     /// What the guest has for the devices that are disks, by their paths in the container.
@@ -391,6 +405,7 @@ impl Containers {
             return Err(error);
         }
         disks::unmount_root(id).await;
+        self.volumes.sync().await;
         self.forget(id);
         self.removed.add(id);
         Ok(())

@@ -2,11 +2,14 @@
 //! ([`crate::hotplug`]), and is then the root file system of a container, or a device in it.
 //!
 //! ```text
-//! /run/husk/disks/<container>   the file system on its root disk, as long as the container
+//! /run/husk/disks/<container>          the file system on its root disk, as long as the container, or an overlay of
+//! /run/husk/layers/<container>/<n>     layers, each a file system on a disk, the topmost first, and
+//! /run/husk/layers/<container>/top     the one that keeps what is written: upper/ and work/
 //! ```
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,6 +26,17 @@ use crate::error::{During, Error, Result};
 
 /// A folder for each disk that the kernel knows.
 const DISKS: &str = "/sys/block";
+
+/// A folder for each container whose root file system is an overlay.
+const LAYERS: &str = "/run/husk/layers";
+
+/// The two folders of an overlay in the file system that keeps what is written to it.
+const UPPER: &str = "upper";
+const WORK: &str = "work";
+
+/// How the file system in an image is mounted that the host has made for this guest: what is free is free on the host, too, and
+/// tables that nothing is in yet are not written there.
+pub(crate) const IMAGE_OPTIONS: &str = "discard,noinit_itable,errors=remount-ro";
 
 /// How long a disk may take to appear, on a host that is busy or emulated, too.
 const APPEARANCE_LIMIT: Duration = Duration::from_secs(60);
@@ -45,7 +59,8 @@ impl Disks {
         devices::lookup(&device).ok_or_else(|| no_disk(serial))
     }
 
-    async fn find(&self, serial: &str) -> Result<PathBuf> {
+    /// The file of the disk with this serial, once it is there.
+    pub(crate) async fn find(&self, serial: &str) -> Result<PathBuf> {
         // From before the first look on, so that no disk can appear unseen.
         let mut news = self.appeared.subscribe();
         let found = async {
@@ -74,58 +89,146 @@ impl Disks {
         let (point, fstype) = (Path::new(DISK_MOUNTS).join(id), disk.fstype.clone());
         // What the disk holds may have to be recovered first.
         blocking(move || {
-            fs::create_dir_all(&point)
-                .and_then(|()| {
-                    Ok(mount(
-                        Some(&device),
-                        &point,
-                        Some(fstype.as_str()),
-                        flags,
-                        Some(data.as_str()),
-                    )?)
-                })
+            mount_new(&device, &point, &fstype, flags, &data)
                 .during(format!("mounting the root file system ({fstype})"))
+        })
+        .await
+    }
+
+    /// Mounts the layers of container `id`, and an overlay of them as its root file system.
+    pub(crate) async fn mount_layers(&self, id: &str, root: &agent::RootLayers) -> Result<()> {
+        let mut layers = Vec::new();
+        for serial in &root.layers {
+            layers.push(self.find(serial).await?);
+        }
+        let top = match root.top.as_str() {
+            "" => None,
+            serial => Some(self.find(serial).await?),
+        };
+        let (flags, others) = divide(&root.options)?;
+        let (point, folder) = (Path::new(DISK_MOUNTS).join(id), Path::new(LAYERS).join(id));
+        blocking(move || {
+            let mut lower = Vec::new();
+            for (number, device) in layers.iter().enumerate() {
+                let layer = folder.join(number.to_string());
+                mount_new(device, &layer, "erofs", MsFlags::MS_RDONLY, "")
+                    .during(format!("mounting layer {number} of the root file system"))?;
+                lower.push(layer);
+            }
+            let mut options = vec![format!("lowerdir={}", join(&lower))];
+            if let Some(device) = top {
+                let top = folder.join("top");
+                mount_new(&device, &top, "ext4", MsFlags::empty(), IMAGE_OPTIONS)
+                    .and_then(|()| prepare_top(&top, lower.first()))
+                    .during("mounting what keeps the changes of the root file system")?;
+                for (name, folder) in [("upperdir", UPPER), ("workdir", WORK)] {
+                    options.push(format!("{name}={}", top.join(folder).display()));
+                }
+            }
+            if !others.is_empty() {
+                options.push(others);
+            }
+            mount_new(
+                Path::new("overlay"),
+                &point,
+                "overlay",
+                flags,
+                &options.join(","),
+            )
+            .during("mounting the root file system (overlay)")
         })
         .await
     }
 }
 
+/// Makes the folders of an overlay in the file system at `top`, if they are missing. Its root belongs to whom that of the
+/// topmost layer belongs to.
+fn prepare_top(top: &Path, layer: Option<&PathBuf>) -> io::Result<()> {
+    let upper = top.join(UPPER);
+    if !upper.is_dir() {
+        // Complete before it has its name.
+        let new = top.join("new");
+        fs::create_dir_all(&new)?;
+        if let Some(layer) = layer {
+            let like = layer.metadata()?;
+            chown(&new, Some(like.uid()), Some(like.gid()))?;
+            fs::set_permissions(&new, fs::Permissions::from_mode(like.mode() & 0o7777))?;
+        }
+        fs::rename(&new, &upper)?;
+    }
+    fs::create_dir_all(top.join(WORK))
+}
+
+fn join(folders: &[PathBuf]) -> String {
+    let folders: Vec<_> = folders.iter().map(|path| path.to_string_lossy()).collect();
+    folders.join(":")
+}
+
+/// Mounts `source` at a new folder.
+fn mount_new(
+    source: &Path,
+    point: &Path,
+    fstype: &str,
+    flags: MsFlags,
+    data: &str,
+) -> io::Result<()> {
+    fs::create_dir_all(point)?;
+    Ok(mount(Some(source), point, Some(fstype), flags, Some(data))?)
+}
+
 /// Unmounts the root file system of container `id`, if it has one of its own, whose processes are gone. All that was written
 /// is on the disk then.
 pub(crate) async fn unmount_root(id: &str) {
-    let point = Path::new(DISK_MOUNTS).join(id);
-    if !point.exists() {
+    let (root, layers) = (Path::new(DISK_MOUNTS).join(id), Path::new(LAYERS).join(id));
+    if !root.exists() && !layers.exists() {
         return;
     }
     blocking(move || {
-        // A container that is being created has all mounts in its namespace until it enters its root. So it may not be this
-        // unmount that ends the file system, and it is brought to its end on the disk before.
-        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        match mount(None::<&str>, &point, None::<&str>, flags, None::<&str>) {
-            // Not a mount point: it could not be mounted.
-            Ok(()) | Err(Errno::EINVAL) => {}
-            Err(error) => {
-                tracing::warn!(%error, point = %point.display(), "a disk is not closed by its file system");
-                // What was written is to be there nevertheless.
-                let synced = fs::File::open(&point).and_then(|root| Ok(syncfs(&root)?));
-                if let Err(error) = synced {
-                    tracing::warn!(%error, point = %point.display(), "a disk may lack what was written last");
-                }
-            }
-        }
-        let unmounted = match umount2(&point, MntFlags::MNT_DETACH) {
-            Ok(()) | Err(Errno::EINVAL) => fs::remove_dir(&point),
-            Err(error) => Err(error.into()),
+        close(&root);
+        let Ok(points) = fs::read_dir(&layers) else {
+            return;
         };
-        if let Err(error) = unmounted {
-            tracing::warn!(%error, point = %point.display(), "a disk stays mounted");
+        for layer in points.flatten() {
+            close(&layer.path());
+        }
+        if let Err(error) = fs::remove_dir(&layers) {
+            tracing::warn!(%error, layers = %layers.display(), "a layer stays mounted");
         }
     })
     .await;
 }
 
+/// Unmounts what is mounted at `point`, if that exists, and removes the folder.
+fn close(point: &Path) {
+    if !point.exists() {
+        return;
+    }
+    // A container that is being created has all mounts in its namespace until it enters its root. So it may not be this
+    // unmount that ends the file system, and it is brought to its end on the disk before.
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    match mount(None::<&str>, point, None::<&str>, flags, None::<&str>) {
+        // Not a mount point: it could not be mounted.
+        Ok(()) | Err(Errno::EINVAL) => {}
+        Err(error) => {
+            tracing::warn!(%error, point = %point.display(), "a disk is not closed by its file system");
+            // What was written is to be there nevertheless.
+            let synced = fs::File::open(point).and_then(|root| Ok(syncfs(&root)?));
+            if let Err(error) = synced {
+                tracing::warn!(%error, point = %point.display(), "a disk may lack what was written last");
+            }
+        }
+    }
+    let unmounted = match umount2(point, MntFlags::MNT_DETACH) {
+        Ok(()) | Err(Errno::EINVAL) => fs::remove_dir(point),
+        Err(error) => Err(error.into()),
+    };
+    if let Err(error) = unmounted {
+        tracing::warn!(%error, point = %point.display(), "a disk stays mounted");
+    }
+}
+
 /// Does what waits for a disk where nobody else waits for it.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
         Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),

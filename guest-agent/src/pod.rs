@@ -1,26 +1,27 @@
-//! What the containers of a pod share: the namespaces of its sandbox, and the volumes in the guest's memory.
+//! What the containers of a pod share: the namespaces of its sandbox, and the volumes of the guest's own.
 //!
 //! ```text
 //! /run/husk/pod/ns/{ipc,pid,user,uts}  the sandbox's namespaces, as long as the sandbox exists
-//! /run/husk/pod/volumes/<name>         a tmpfs each, as long as the guest
+//! /run/husk/pod/volumes/<name>         a tmpfs each, or the file system on a disk, as long as the guest
 //! /run/husk/pod/folders/<n>            a folder of a volume, as long as the container that mounts it
 //! ```
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, Permissions};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use husk_protocol::{POD_NAMESPACES, POD_VOLUMES, agent};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, syncfs};
 use oci_spec::runtime::Spec;
 use pathrs::Root;
 use pathrs::flags::OpenFlags;
 
+use crate::disks::{IMAGE_OPTIONS, blocking};
 use crate::error::{During, Error, Result};
 
 /// The namespaces that containers of a pod may have in common. Network and cgroup root are the guest's.
@@ -83,7 +84,7 @@ impl Drop for Mounts {
     }
 }
 
-/// The volumes in the guest's memory.
+/// The volumes in the guest's memory and on disks.
 #[derive(Debug)]
 pub(crate) struct Volumes {
     root: PathBuf,
@@ -106,8 +107,12 @@ impl Volumes {
         }
     }
 
-    /// Makes those that are not there yet.
-    pub(crate) fn make(&self, volumes: &[agent::Volume]) -> Result<()> {
+    /// Makes those that are not there yet. `devices` are the disks that they name, by their serials.
+    pub(crate) fn make(
+        &self,
+        volumes: &[agent::Volume],
+        devices: &HashMap<String, PathBuf>,
+    ) -> Result<()> {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         for volume in volumes {
             if made.contains(&volume.name) {
@@ -120,18 +125,40 @@ impl Volumes {
             if volume.inert {
                 flags |= MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
             }
-            let options = options_of(volume);
-            mount(
-                Some("tmpfs"),
-                &point,
-                Some("tmpfs"),
-                flags,
-                Some(options.as_str()),
-            )
-            .during(what())?;
+            match devices.get(&volume.serial) {
+                None => {
+                    let options = options_of(volume);
+                    mount(
+                        Some("tmpfs"),
+                        &point,
+                        Some("tmpfs"),
+                        flags,
+                        Some(options.as_str()),
+                    )
+                    .during(what())?;
+                }
+                Some(device) => mount_disk(device, &point, flags, volume).during(what())?,
+            }
             made.insert(volume.name.clone());
         }
         Ok(())
+    }
+
+    /// Brings what was written to the volumes to their disks.
+    pub(crate) async fn sync(&self) {
+        let roots: Vec<_> = {
+            let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+            made.iter().map(|name| self.root.join(name)).collect()
+        };
+        blocking(move || {
+            for root in roots {
+                let synced = File::open(&root).and_then(|root| Ok(syncfs(&root)?));
+                if let Err(error) = synced {
+                    tracing::warn!(%error, root = %root.display(), "a volume may lack what was written last");
+                }
+            }
+        })
+        .await;
     }
 
     /// Finds the folders of volumes that the mounts of `spec` name, and makes those that are missing, as the host's
@@ -166,6 +193,26 @@ impl Volumes {
         }
         Ok(mounts)
     }
+}
+
+/// Mounts the disk of a volume, whose root is then as the volume says. It may have been one before, in an earlier guest of the pod.
+fn mount_disk(
+    device: &Path,
+    point: &Path,
+    flags: MsFlags,
+    volume: &agent::Volume,
+) -> std::io::Result<()> {
+    mount(
+        Some(device),
+        point,
+        Some("ext4"),
+        flags,
+        Some(IMAGE_OPTIONS),
+    )?;
+    // A new file system has it, and a new volume has nothing.
+    let _ = fs::remove_dir(point.join("lost+found"));
+    chown(point, Some(volume.uid), Some(volume.gid))?;
+    fs::set_permissions(point, Permissions::from_mode(volume.mode))
 }
 
 /// Opens the folder `path` of a volume, as a container would resolve it; makes it if it is missing, open to the same as

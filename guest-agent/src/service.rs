@@ -77,6 +77,7 @@ impl Agent for Service {
                 sandbox: request.sandbox,
                 volumes: &request.volumes,
                 root_disk: request.root_disk.as_ref(),
+                root_layers: request.root_layers.as_ref(),
                 disk_devices: &request.disk_devices,
                 folder: request.folder.get_or_default(),
                 stdio,

@@ -2,18 +2,22 @@
 //! it.
 
 use futures::future::join_all;
-use husk_protocol::agent::{DiskDevice, RootDisk};
+use husk_protocol::agent::{DiskDevice, RootDisk, RootLayers};
 use log::warn;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::error::Error;
-use crate::storage::OpenDisks;
+use crate::storage::{OpenDisks, Root};
 use crate::vm::Vm;
 
 /// As the agent is told of them.
 #[derive(Debug, Default)]
 pub(crate) struct Disks {
     pub(crate) root: Option<RootDisk>,
+    pub(crate) layers: Option<RootLayers>,
     pub(crate) devices: Vec<DiskDevice>,
+    /// What the layers take of the pod's slots.
+    slots: Option<OwnedSemaphorePermit>,
 }
 
 impl Disks {
@@ -30,13 +34,29 @@ impl Disks {
     }
 
     async fn add(&mut self, vm: &Vm, open: OpenDisks) -> Result<(), Error> {
-        if let Some(root) = open.root {
-            self.root = Some(RootDisk {
-                serial: vm.plug(root.disk).await?,
-                fstype: root.fstype,
-                options: root.options,
-                ..RootDisk::default()
-            });
+        match open.root {
+            None => {}
+            Some(Root::Disk(root)) => {
+                self.root = Some(RootDisk {
+                    serial: vm.plug(root.disk).await?,
+                    fstype: root.fstype,
+                    options: root.options,
+                    ..RootDisk::default()
+                });
+            }
+            Some(Root::Layers(root)) => {
+                self.slots = Some(root.slots);
+                let layers = self.layers.insert(RootLayers {
+                    options: root.options,
+                    ..RootLayers::default()
+                });
+                for disk in root.layers {
+                    layers.layers.push(vm.plug(disk).await?);
+                }
+                if let Some(disk) = root.top {
+                    layers.top = vm.plug(disk).await?;
+                }
+            }
         }
         for device in open.devices {
             self.devices.push(DiskDevice {
@@ -51,7 +71,12 @@ impl Disks {
     /// Takes the disks away again. One that the guest does not let go of stays until the VM ends.
     pub(crate) async fn unplug(&self, vm: &Vm) {
         let roots = self.root.iter().map(|root| &root.serial);
-        let serials = roots.chain(self.devices.iter().map(|device| &device.serial));
+        let layers = self.layers.iter();
+        let layers = layers.flat_map(|root| root.layers.iter().chain([&root.top]));
+        let devices = self.devices.iter().map(|device| &device.serial);
+        let serials = roots.chain(layers).chain(devices);
+        // There may be no disk for what is written.
+        let serials = serials.filter(|serial| !serial.is_empty());
         // All at the same time: a guest that ignores it holds each up as long as it may.
         join_all(serials.map(|serial| async move {
             match vm.unplug(serial).await {
@@ -115,7 +140,7 @@ mod tests {
             OpenRoot::of(&[mount]).unwrap().unwrap()
         };
         OpenDisks {
-            root: Some(root(&["noatime"])),
+            root: Some(Root::Disk(root(&["noatime"]))),
             devices: vec![DeviceDisk {
                 disk: root(&["ro"]).disk,
                 path: "/dev/data".into(),

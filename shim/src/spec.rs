@@ -7,7 +7,6 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use husk_protocol::agent::Volume;
 use husk_protocol::{DISK_MOUNTS, POD_NAMESPACES, POD_VOLUMES, SHARE_MOUNT_POINT};
 use oci_spec::runtime::{
     Hook, Hooks, Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespace,
@@ -17,7 +16,7 @@ use oci_spec::runtime::{
 
 use crate::error::Error;
 use crate::pod::Kind;
-use crate::storage::{IdMaps, Source};
+use crate::storage::{IdMaps, OwnVolume, Source};
 
 /// Where in the shared folder of a container its root file system is.
 pub(crate) const ROOTFS: &str = "rootfs";
@@ -33,8 +32,8 @@ pub(crate) struct Divided {
     pub(crate) binds: Vec<Bind>,
     /// Which of the specification's mounts the binds are.
     places: Vec<usize>,
-    /// In the guest's memory, for the agent to make.
-    pub(crate) volumes: Vec<Volume>,
+    /// Of the guest's own, for the agent to make.
+    pub(crate) volumes: Vec<OwnVolume>,
     /// Disks of the host that the container is to have.
     pub(crate) devices: Vec<BlockDevice>,
     /// To be run by the shim.
@@ -205,7 +204,11 @@ fn divide_mounts(
                 divided.binds.push(bind);
                 divided.places.push(place);
             }
-            Source::Memory { mut volume, folder } => {
+            Source::Own {
+                volume: mut own,
+                folder,
+            } => {
+                let volume = &mut own.volume;
                 if let Some(Owners { ids, .. }) = &bind.owners {
                     // No file of it is on the host: what is made with the right owner needs no other one shown.
                     (volume.uid, volume.gid) = ids
@@ -215,7 +218,7 @@ fn divide_mounts(
                 }
                 let path = Path::new(POD_VOLUMES).join(&volume.name).join(folder);
                 mount.set_source(Some(path));
-                divided.volumes.push(volume);
+                divided.volumes.push(own);
             }
             // The guest's of the same name.
             Source::Device => {}
@@ -569,6 +572,7 @@ fn drop_host_linux(linux: &mut Linux, kind: &Kind, disks: &[BlockDevice]) -> Res
 
 #[cfg(test)]
 mod tests {
+    use husk_protocol::agent::Volume;
     use serde_json::{Value, json};
 
     use super::*;
@@ -898,13 +902,17 @@ mod tests {
                 gid: 44,
                 ..Volume::default()
             };
-            Ok(Source::Memory {
+            let volume = OwnVolume {
+                volume,
+                place: None,
+            };
+            Ok(Source::Own {
                 volume,
                 folder: PathBuf::new(),
             })
         };
         let divided = super::divide(with_owners(&mount), "x", &Kind::Single, look).unwrap();
-        let volume = &divided.volumes[0];
+        let volume = &divided.volumes[0].volume;
         assert_eq!((volume.uid, volume.gid), (100_000, 100_044));
     }
 
@@ -976,12 +984,15 @@ mod tests {
 
     #[test]
     fn volume_in_memory_is_the_guests() {
-        let volume = Volume {
-            name: "0:40".to_owned(),
-            size: 7,
-            ..Volume::default()
+        let volume = OwnVolume {
+            volume: Volume {
+                name: "0:40".to_owned(),
+                size: 7,
+                ..Volume::default()
+            },
+            place: None,
         };
-        let source = Source::Memory {
+        let source = Source::Own {
             volume: volume.clone(),
             folder: "sub".into(),
         };

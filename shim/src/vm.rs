@@ -8,9 +8,10 @@
 //! A task of its own watches the worker to its end, whoever else is gone, and announces the end with a reason in
 //! [`End`].
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,7 +29,7 @@ use log::{info, warn};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::process::Child;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, OnceCell, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::agent::Agent;
@@ -38,7 +39,7 @@ use crate::error::Error;
 use crate::file_server::FileServer;
 use crate::network::Network;
 use crate::size::{VmSize, VmSizes};
-use crate::storage::{Disk, VOLUME_PREFIX};
+use crate::storage::{self, Disk, VOLUME_PREFIX};
 use crate::vmm::{self, Worker};
 
 /// How long the console may take to end once its only writer is dead.
@@ -85,8 +86,10 @@ pub(crate) struct Vm {
     oom_score_adj: AtomicI32,
     /// How many it has ever been given.
     disks: AtomicU64,
+    /// The serials of the disks that are volumes, by the folders of their images.
+    volumes: Mutex<HashMap<PathBuf, Arc<OnceCell<String>>>>,
     network: Network,
-    folder: Folder,
+    storage: Storage,
     phases: Phases,
 }
 
@@ -138,8 +141,7 @@ impl Vm {
         };
         match started {
             Ok((starting, agent, phases)) => {
-                let folder = folder(config.storage());
-                Ok(starting.into_vm(agent, network, sizes, folder, phases))
+                Ok(starting.into_vm(agent, network, sizes, config.storage().clone(), phases))
             }
             Err(err) => {
                 network.remove().await;
@@ -260,8 +262,9 @@ impl Vm {
             size: Mutex::new(start),
             oom_score_adj: AtomicI32::new(0),
             disks: AtomicU64::new(0),
+            volumes: Mutex::default(),
             network: Network::default(),
-            folder: Folder::default(),
+            storage: Storage::default(),
             phases: Phases {
                 network: Duration::ZERO,
                 worker_spawn: Duration::ZERO,
@@ -282,9 +285,9 @@ impl Vm {
         &self.agent
     }
 
-    /// How the guest mounts the folder that it shares with the host.
-    pub(crate) fn folder(&self) -> &Folder {
-        &self.folder
+    /// How the pod has its files.
+    pub(crate) fn storage(&self) -> &Storage {
+        &self.storage
     }
 
     pub(crate) fn end(&self) -> &End {
@@ -341,6 +344,21 @@ impl Vm {
         )
         .await?;
         Ok(serial)
+    }
+
+    /// The serial of the disk whose image is in the folder `place`: the VM gets it when it is asked for first, and keeps it.
+    pub(crate) async fn volume(&self, place: &Path) -> Result<String, Error> {
+        let volume = self
+            .volumes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(place.to_owned())
+            .or_default()
+            .clone();
+        let serial = volume
+            .get_or_try_init(async || self.plug(storage::open_image(place).await?).await)
+            .await?;
+        Ok(serial.clone())
     }
 
     /// Takes a disk away, and returns when it is closed.
@@ -492,7 +510,7 @@ impl Starting {
         agent: Agent,
         mut network: Network,
         sizes: VmSizes,
-        folder: Folder,
+        storage: Storage,
         phases: Phases,
     ) -> Vm {
         network.serve(&self.worker.0, &agent, &self.end);
@@ -513,8 +531,9 @@ impl Starting {
             size: Mutex::new(sizes.start),
             oom_score_adj: AtomicI32::new(0),
             disks: AtomicU64::new(0),
+            volumes: Mutex::default(),
             network,
-            folder,
+            storage,
             phases,
         }
     }
@@ -558,7 +577,7 @@ fn cache_policy(storage: &Storage) -> CachePolicy {
 }
 
 /// How the guest mounts the folder that it shares with the host.
-fn folder(storage: &Storage) -> Folder {
+pub(crate) fn folder(storage: &Storage) -> Folder {
     let (fstype, options) = match storage.sharing() {
         Sharing::VirtioFs => ("virtiofs", String::new()),
         Sharing::NineP => {

@@ -46,12 +46,15 @@ const KERNEL_PARAMS_MAX_LEN: usize = 1024;
 /// largest one's administration is 256 MiB of the guest's memory.
 const DAX_WINDOW_MIB: RangeInclusive<u32> = 16..=16384;
 
+/// How large the disk of an emptyDir may be.
+const EMPTY_DIR_DISK_MIB: RangeInclusive<u32> = 16..=1_048_576;
+
 /// Before the key of an annotation that sets a key of the configuration for one pod.
 const ANNOTATION_PREFIX: &str = "io.husk.";
 
 /// The keys that an administrator may leave to pods. None of the others is a pod's business: a path is one of the host's,
 /// which the shim opens, or runs, as root, and what host networking means is the node's decision.
-const ANNOTATION_KEYS: [&str; 11] = [
+const ANNOTATION_KEYS: [&str; 12] = [
     "vm.vcpus",
     "vm.max_vcpus",
     "vm.memory_mib",
@@ -63,6 +66,7 @@ const ANNOTATION_KEYS: [&str; 11] = [
     "storage.cache",
     "storage.writeback",
     "storage.dax_window_mib",
+    "storage.empty_dir_disk_mib",
 ];
 
 /// The configuration, checked.
@@ -131,6 +135,7 @@ pub struct Storage {
     cache: Cache,
     writeback: bool,
     dax_window_mib: u32,
+    empty_dir_disk_mib: u32,
 }
 
 /// By what the host shares files with the guest.
@@ -327,6 +332,12 @@ impl Storage {
         self.dax_window_mib
     }
 
+    /// The size of the disk that each emptyDir volume of a pod is. None if zero: they are folders.
+    #[must_use]
+    pub fn empty_dir_disk_mib(&self) -> u32 {
+        self.empty_dir_disk_mib
+    }
+
     fn overlaid(self, raw: RawStorage, text: &Text<'_>) -> Result<Self, ConfigError> {
         let caches = [
             ("auto", Cache::Auto),
@@ -354,12 +365,19 @@ impl Storage {
                 "storage.dax_window_mib",
                 raw.dax_window_mib,
                 |value| match server {
-                    None => dax_window_mib(value),
+                    None => none_or(value, &DAX_WINDOW_MIB),
                     Some(_) => integer(value, &(0..=0))
                         .map_err(|_| beside(server.as_deref(), "0".to_owned())),
                 },
             )?
             .unwrap_or(self.dax_window_mib),
+            empty_dir_disk_mib: check(
+                text,
+                "storage.empty_dir_disk_mib",
+                raw.empty_dir_disk_mib,
+                |value| none_or(value, &EMPTY_DIR_DISK_MIB),
+            )?
+            .unwrap_or(self.empty_dir_disk_mib),
             server,
         })
     }
@@ -515,6 +533,7 @@ struct RawStorage {
     cache: Option<Spanned<Value>>,
     writeback: Option<Spanned<Value>>,
     dax_window_mib: Option<Spanned<Value>>,
+    empty_dir_disk_mib: Option<Spanned<Value>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -572,9 +591,9 @@ fn truth(value: &Value) -> Result<bool, String> {
     value.as_bool().ok_or_else(|| "true or false".to_owned())
 }
 
-fn dax_window_mib(value: &Value) -> Result<u32, String> {
+fn none_or(value: &Value, range: &RangeInclusive<u32>) -> Result<u32, String> {
     integer(value, &(0..=0))
-        .or_else(|_| integer(value, &DAX_WINDOW_MIB))
+        .or_else(|_| integer(value, range))
         .map_err(|expected| format!("0 for none, or {expected}"))
 }
 

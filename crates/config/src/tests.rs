@@ -40,6 +40,7 @@ fn every_key_is_read() {
         cache = "always"
         writeback = true
         dax_window_mib = 1024
+        empty_dir_disk_mib = 512
         "#,
     )
     .unwrap();
@@ -60,6 +61,7 @@ fn every_key_is_read() {
     assert_eq!(storage.cache(), Cache::Always);
     assert!(storage.writeback());
     assert_eq!(storage.dax_window_mib(), 1024);
+    assert_eq!(storage.empty_dir_disk_mib(), 512);
 }
 
 #[test]
@@ -330,6 +332,26 @@ fn a_server_shares_by_virtio_fs_and_without_a_window() {
         let refused = config.clone().with_annotations([(name.as_str(), value)]);
         let text = refused.unwrap_err().to_string();
         assert!(text.ends_with("since storage.server is /s"), "{text}");
+    }
+}
+
+#[test]
+fn the_disk_of_an_empty_dir_is_none_or_of_a_useful_size() {
+    let with = |value: &str| {
+        let text = format!("[storage]\nempty_dir_disk_mib = {value}");
+        Config::from_toml(&text, "husk.toml")
+    };
+    assert_eq!(Config::default().storage().empty_dir_disk_mib(), 0);
+    for value in ["0", "16", "1048576"] {
+        let config = with(value).unwrap();
+        assert_eq!(config.storage().empty_dir_disk_mib().to_string(), value);
+    }
+    for value in ["15", "1048577", "-1", "\"64\""] {
+        let text = with(value).unwrap_err().to_string();
+        assert!(
+            text.contains("allowed is 0 for none, or an integer from 16 to 1048576"),
+            "{text}"
+        );
     }
 }
 

@@ -63,6 +63,11 @@ impl Disk {
         self.read_only
     }
 
+    /// An image that was opened by [`open_image`].
+    pub(super) fn of_image(file: File, read_only: bool) -> Self {
+        Self { file, read_only }
+    }
+
     /// Opens the device that a specification names. As with other runtimes, nobody else is kept from using it.
     pub(super) fn of_device(device: &BlockDevice) -> Result<Self, Error> {
         let open = || {
@@ -110,8 +115,7 @@ impl RootDisk {
         else {
             return Ok(None);
         };
-        let is_root = mount.target.trim_start_matches('/').is_empty();
-        if !is_root || mount.options.iter().any(|option| is_of_host(option)) {
+        if !is_whole_root(mount) || mount.options.iter().any(|option| is_of_host(option)) {
             return Ok(None);
         }
         let source = Path::new(&mount.source);
@@ -161,8 +165,13 @@ fn is_loop(option: &str) -> bool {
     option == "loop" || option.starts_with("loop=")
 }
 
+/// Whether this is all of a root file system, and not a part of it.
+pub(super) fn is_whole_root(mount: &Mount) -> bool {
+    mount.target.trim_start_matches('/').is_empty()
+}
+
 /// Whether an option can only be met by the host's kernel; one that names a path is of that kind.
-fn is_of_host(option: &str) -> bool {
+pub(super) fn is_of_host(option: &str) -> bool {
     !is_loop(option)
         && (option.contains("=/") || HOST_OPTIONS.iter().any(|start| option.starts_with(start)))
 }
@@ -187,7 +196,7 @@ fn open_device(path: &Path, read_only: bool) -> io::Result<File> {
 }
 
 /// Opens an image for one VM alone, if it is written to: as long as it is open, no other VM gets it.
-fn open_image(path: &Path, read_only: bool) -> io::Result<File> {
+pub(super) fn open_image(path: &Path, read_only: bool) -> io::Result<File> {
     let file = open(path, read_only, 0)?;
     // Kept by whoever has the open file, so by the worker as well.
     let lock = if read_only {

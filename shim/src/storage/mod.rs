@@ -16,6 +16,8 @@
 mod bind;
 mod disk;
 mod idmap;
+mod image;
+mod layers;
 mod rootfs;
 mod source;
 mod volume;
@@ -28,6 +30,7 @@ use containerd_shim::protos::api::Mount;
 use log::warn;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+use tokio::sync::Semaphore;
 
 use crate::error::Error;
 use crate::spec::{Bind, BlockDevice, ROOTFS};
@@ -35,7 +38,8 @@ use volume::{Places, Volume, Volumes};
 
 pub(crate) use disk::{DeviceDisk, Disk, RootDisk};
 pub(crate) use idmap::IdMaps;
-pub(crate) use source::{Source, look};
+pub(crate) use layers::RootLayers;
+pub(crate) use source::{OwnVolume, Source, look};
 pub(crate) use volume::PREFIX as VOLUME_PREFIX;
 
 /// The tmpfs holds mount points, nothing else: this bounds what a guest that can write below `share` could fill.
@@ -46,6 +50,10 @@ const TMPFS_OPTIONS: &str = "mode=0700,size=1m,nr_inodes=64k";
 pub(crate) struct Share {
     root: PathBuf,
     volumes: Arc<Mutex<Volumes>>,
+    /// Disks that layers may still take.
+    slots: Arc<Semaphore>,
+    /// Held by who makes images of volumes.
+    making: Arc<Mutex<()>>,
 }
 
 impl Share {
@@ -78,6 +86,8 @@ impl Share {
         Self {
             root: root.to_owned(),
             volumes: Arc::default(),
+            slots: Arc::new(Semaphore::new(layers::SLOTS)),
+            making: Arc::default(),
         }
     }
 
@@ -105,7 +115,7 @@ impl Share {
         let share = self.clone();
         let work = move || {
             // Dropped on failure, which undoes what was done.
-            storage.disks.root = RootDisk::of(&wanted.rootfs)?;
+            storage.disks.root = Root::of(&wanted.rootfs, &share.slots)?;
             if storage.disks.root.is_none() {
                 storage.build(&wanted.rootfs, &wanted.root)?;
             }
@@ -116,6 +126,7 @@ impl Share {
                 });
             }
             storage.volumes = share.volumes(&wanted.binds)?;
+            share.make_images(&wanted.images)?;
             Ok(storage)
         };
         match tokio::task::spawn_blocking(work).await {
@@ -133,6 +144,16 @@ impl Share {
             disks: OpenDisks::default(),
             volumes: Vec::new(),
         }
+    }
+
+    fn make_images(&self, images: &Images) -> Result<(), Error> {
+        // Two containers may have the same one.
+        let _alone = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let size = u64::from(images.mib) << 20;
+        images
+            .places
+            .iter()
+            .try_for_each(|place| image::make(place, Some(size)))
     }
 
     fn volumes(&self, binds: &[Bind]) -> Result<Vec<Arc<Volume>>, Error> {
@@ -164,12 +185,39 @@ pub(crate) struct Wanted {
     pub(crate) root: PathBuf,
     pub(crate) binds: Vec<Bind>,
     pub(crate) devices: Vec<BlockDevice>,
+    pub(crate) images: Images,
+}
+
+/// The images of volumes that are disks.
+#[derive(Debug)]
+pub(crate) struct Images {
+    /// The folder of each.
+    pub(crate) places: Vec<PathBuf>,
+    /// The size of those that are missing.
+    pub(crate) mib: u32,
+}
+
+/// A root file system for the guest to mount.
+#[derive(Debug)]
+pub(crate) enum Root {
+    Disk(RootDisk),
+    Layers(RootLayers),
+}
+
+impl Root {
+    /// The root file system that `mounts` are, if the guest can mount it from disks.
+    fn of(mounts: &[Mount], slots: &Arc<Semaphore>) -> Result<Option<Self>, Error> {
+        if let Some(disk) = RootDisk::of(mounts)? {
+            return Ok(Some(Self::Disk(disk)));
+        }
+        Ok(RootLayers::of(mounts, slots)?.map(Self::Layers))
+    }
 }
 
 /// The disks of one container, for its VM.
 #[derive(Debug, Default)]
 pub(crate) struct OpenDisks {
-    pub(crate) root: Option<RootDisk>,
+    pub(crate) root: Option<Root>,
     pub(crate) devices: Vec<DeviceDisk>,
 }
 
@@ -264,6 +312,15 @@ fn take_down(mounted: [&PathBuf; 2], points: [&PathBuf; 2]) {
             }
             _ => {}
         }
+    }
+}
+
+/// Opens the image of a volume, for one VM alone.
+pub(crate) async fn open_image(place: &Path) -> Result<Disk, Error> {
+    let place = place.to_owned();
+    match tokio::task::spawn_blocking(move || image::open(&place)).await {
+        Ok(result) => result,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
     }
 }
 

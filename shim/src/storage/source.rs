@@ -4,6 +4,8 @@
 //! pages are the pod's, are counted where the pod's are, and cost no request. On the host ConfigMaps, Secrets and other
 //! volumes whose files kubelet writes are tmpfs as well; these stay shared. What tells them apart is the name of the volume
 //! plug-in in kubelet's path.
+//!
+//! By it an emptyDir on the host's disk is known as well, which can be a disk of the guest's.
 
 use std::ffi::OsStr;
 use std::io;
@@ -13,6 +15,8 @@ use std::path::{Path, PathBuf};
 
 use husk_protocol::agent::Volume;
 use nix::sys::statvfs::{FsFlags, statvfs};
+
+use super::image;
 
 /// The mounts of this process's namespace, see proc(5).
 const MOUNTINFO: &str = "/proc/self/mountinfo";
@@ -28,12 +32,20 @@ pub(crate) enum Source {
         /// Whether something else is mounted below it.
         has_mounts: bool,
     },
-    /// A folder of a volume in memory.
-    Memory { volume: Volume, folder: PathBuf },
+    /// A folder of a volume of the guest's own.
+    Own { volume: OwnVolume, folder: PathBuf },
     /// A device: the guest has its own.
     Device,
     /// A unix socket, whose other end is a process of the host.
     Socket,
+}
+
+/// A volume that is no folder of the host's.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct OwnVolume {
+    pub(crate) volume: Volume,
+    /// The folder of the host for the image that it is on; `None` if it is in the guest's memory.
+    pub(crate) place: Option<PathBuf>,
 }
 
 /// A line of mountinfo.
@@ -47,14 +59,11 @@ struct MountPoint {
     fstype: String,
 }
 
-/// Looks at `path` on the host. `is_shm` says that it is a pod's /dev/shm.
-pub(crate) fn look(path: &Path, is_shm: bool) -> io::Result<Source> {
+/// Looks at `path` on the host. `is_shm` says that it is a pod's /dev/shm, and `has_disks` that an emptyDir is a disk.
+pub(crate) fn look(path: &Path, is_shm: bool, has_disks: bool) -> io::Result<Source> {
     let path = match path.canonicalize() {
         Err(err) if is_shm && err.kind() == io::ErrorKind::NotFound => {
-            return Ok(Source::Memory {
-                volume: default_shm(),
-                folder: PathBuf::new(),
-            });
+            return Ok(in_memory_of_guest(default_shm(), PathBuf::new()));
         }
         path => path?,
     };
@@ -69,15 +78,31 @@ pub(crate) fn look(path: &Path, is_shm: bool) -> io::Result<Source> {
     if kind.is_dir()
         && let Some((root, folder)) = in_memory(&mounts, &path, is_shm)
     {
-        return Ok(Source::Memory {
-            volume: volume(root)?,
-            folder,
-        });
+        return Ok(in_memory_of_guest(volume(root)?, folder));
+    }
+    if has_disks
+        && kind.is_dir()
+        && let Some((place, folder)) = empty_dir(&mounts, &path)
+        && keeps_no_files(&place)?
+    {
+        let volume = OwnVolume {
+            volume: disk_volume(&place)?,
+            place: Some(place),
+        };
+        return Ok(Source::Own { volume, folder });
     }
     let has_mounts = mounts
         .iter()
         .any(|mount| mount.at != path && mount.at.starts_with(&path));
     Ok(Source::Shared { has_mounts })
+}
+
+fn in_memory_of_guest(volume: Volume, folder: PathBuf) -> Source {
+    let volume = OwnVolume {
+        volume,
+        place: None,
+    };
+    Source::Own { volume, folder }
 }
 
 /// The mount of the volume in memory that `path` is a folder of, and which folder; `None` if it is of none.
@@ -111,6 +136,64 @@ fn in_memory<'a>(
     let inside = mount.root.join(path.strip_prefix(&mount.at).ok()?);
     let folder = inside.strip_prefix(&root.root).ok()?;
     Some((root, folder.to_owned()))
+}
+
+/// The emptyDir that `path` is a folder of, and which folder; `None` if it is of none.
+fn empty_dir(mounts: &[MountPoint], path: &Path) -> Option<(PathBuf, PathBuf)> {
+    if let Some(found) = divide_empty_dir(path) {
+        return Some(found);
+    }
+    // A subPath, which kubelet mounts at `volume-subpaths/<volume>/<container>/<n>` of the pod's folder.
+    let mount = mounts.iter().rfind(|mount| mount.at == path)?;
+    let (volume, folder) = divide_empty_dir(&mount.root)?;
+    let pod = path.ancestors().nth(4)?;
+    let place = pod
+        .join("volumes")
+        .join(EMPTY_DIR)
+        .join(volume.file_name()?);
+    let is_sub_path = path.strip_prefix(pod).ok()?.starts_with("volume-subpaths");
+    (is_sub_path && place.is_dir()).then_some((place, folder))
+}
+
+/// Divides a path after the name of an emptyDir.
+fn divide_empty_dir(path: &Path) -> Option<(PathBuf, PathBuf)> {
+    let place = path.ancestors().find(|folder| {
+        let parent = folder.parent().and_then(Path::file_name);
+        parent == Some(OsStr::new(EMPTY_DIR))
+    })?;
+    let folder = path.strip_prefix(place).ok()?;
+    Some((place.to_owned(), folder.to_owned()))
+}
+
+/// Whether there is no file but the disk's image in the folder of an emptyDir, which the guest would not see. The folders that
+/// kubelet makes for a subPath are there.
+fn keeps_no_files(place: &Path) -> io::Result<bool> {
+    let mut folders = vec![place.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in folder.read_dir()? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                folders.push(entry.path());
+            } else if folder != place || !image::is_image(&entry.file_name()) {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+/// A volume on a disk that is as open as the folder for it.
+fn disk_volume(place: &Path) -> io::Result<Volume> {
+    let owner = place.metadata()?;
+    let name = place.file_name().unwrap_or_default().to_string_lossy();
+    Ok(Volume {
+        // No device number looks like that.
+        name: format!("{EMPTY_DIR}~{name}"),
+        mode: owner.mode() & 0o7777,
+        uid: owner.uid(),
+        gid: owner.gid(),
+        ..Volume::default()
+    })
 }
 
 /// A volume as large and as open as the file system that is mounted at `root`.
@@ -211,6 +294,48 @@ mod tests {
     }
 
     #[test]
+    fn empty_dir_on_disk_is_told_by_its_path_or_its_mount() {
+        let pod = tempfile::tempdir().unwrap();
+        let place = pod.path().join("volumes").join(EMPTY_DIR).join("data");
+        std::fs::create_dir_all(&place).unwrap();
+        let sub_path = pod.path().join("volume-subpaths/data/c/0");
+        let mounts = parse(&format!(
+            "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n\
+             2 1 8:1 {}/a/b {} rw - ext4 /dev/sda1 rw\n\
+             3 1 8:1 {}/a /elsewhere rw - ext4 /dev/sda1 rw\n",
+            place.display(),
+            sub_path.display(),
+            place.display(),
+        ));
+        let found = |path: &Path| empty_dir(&mounts, path);
+        let of = |folder: &str| Some((place.clone(), PathBuf::from(folder)));
+        assert_eq!(found(&place), of(""));
+        assert_eq!(found(&place.join("a")), of("a"));
+        assert_eq!(found(&sub_path), of("a/b"));
+        assert_eq!(found(Path::new("/elsewhere")), None);
+        assert_eq!(found(&pod.path().join("volumes")), None);
+    }
+
+    #[test]
+    fn empty_dir_is_a_disk_where_it_keeps_no_files() {
+        let pod = tempfile::tempdir().unwrap();
+        let place = pod.path().join(EMPTY_DIR).join("data");
+        std::fs::create_dir_all(place.join("sub/path")).unwrap();
+        std::fs::write(place.join(".husk.ext4"), "").unwrap();
+        let Source::Own { volume, folder } = look(&place.join("sub"), false, true).unwrap() else {
+            panic!("no disk");
+        };
+        assert_eq!(folder, Path::new("sub"));
+        assert_eq!(volume.place.as_ref(), Some(&place));
+        assert_eq!(volume.volume.name, "kubernetes.io~empty-dir~data");
+        assert_eq!(volume.volume.mode, 0o755);
+        let shared = Source::Shared { has_mounts: false };
+        assert_eq!(look(&place, false, false).unwrap(), shared);
+        std::fs::write(place.join("sub/path/file"), "").unwrap();
+        assert_eq!(look(&place, false, true).unwrap(), shared);
+    }
+
+    #[test]
     fn sub_path_is_a_folder_of_its_volume() {
         let path = "/var/lib/kubelet/pods/u/volume-subpaths/cache/c/0";
         assert_eq!(found(path, false), Some(("0:40".into(), "sub".into())));
@@ -240,26 +365,29 @@ mod tests {
 
     #[test]
     fn shm_that_containerd_has_not_is_the_guests_too() {
-        let found = look(Path::new("/absent/p/shm"), true).unwrap();
-        assert!(matches!(found, Source::Memory { volume, .. } if volume.size == 64 << 20));
+        let found = look(Path::new("/absent/p/shm"), true, false).unwrap();
+        assert!(matches!(found, Source::Own { volume, .. } if volume.volume.size == 64 << 20));
     }
 
     #[test]
     fn kinds_of_files_are_told() {
-        assert_eq!(look(Path::new("/dev/null"), false).unwrap(), Source::Device);
+        assert_eq!(
+            look(Path::new("/dev/null"), false, false).unwrap(),
+            Source::Device
+        );
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-        assert_eq!(look(&socket, false).unwrap(), Source::Socket);
+        assert_eq!(look(&socket, false, false).unwrap(), Source::Socket);
         assert_eq!(
-            look(folder.path(), false).unwrap(),
+            look(folder.path(), false, false).unwrap(),
             Source::Shared { has_mounts: false }
         );
         assert_eq!(
-            look(Path::new("/"), false).unwrap(),
+            look(Path::new("/"), false, false).unwrap(),
             Source::Shared { has_mounts: true }
         );
-        assert!(look(Path::new("/absent"), false).is_err());
+        assert!(look(Path::new("/absent"), false, false).is_err());
     }
 
     #[test]

@@ -26,8 +26,9 @@ use crate::process::{Process, TtySize};
 use crate::sandbox::{Machine, Sandbox};
 use crate::size::{VmSize, VmSizes};
 use crate::spec::{self, Divided};
-use crate::storage::{self, ContainerStorage, OpenDisks, Wanted};
+use crate::storage::{self, ContainerStorage, Images, OpenDisks, Wanted};
 use crate::streams::{self, Ends, LogIdentity, Ports, Stdio};
+use crate::vm;
 
 /// Written to the bundle, so that the `delete` action finds the worker of a shim that is gone.
 pub(crate) const WORKER_PID_FILE: &str = "worker.pid";
@@ -112,7 +113,8 @@ impl Sandbox {
         let oom_score_adj = process.and_then(OciProcess::oom_score_adj).unwrap_or(0);
         let oci_version = spec.version().clone();
         let own_pid_namespace = has_own_pid_namespace(&spec);
-        let mut divided = divide(spec, &request.id, &kind).await?;
+        let image_mib = self.empty_dir_disk_mib(machine.as_ref());
+        let mut divided = divide(spec, &request.id, &kind, image_mib > 0).await?;
         if let Some(namespace) = spec::pods_processes(&mut divided.guest)
             && let Some(container) = self.only_one_with_own_processes()?
         {
@@ -126,7 +128,7 @@ impl Sandbox {
         let host_failed = Notify::new();
         let host = async {
             let prepared = tokio::join!(
-                self.prepare_storage(&kind, &request, &divided),
+                self.prepare_storage(&kind, &request, &divided, image_mib),
                 streams::open(&request.stdio, self.log_identity(&request.id)),
             );
             let (storage, ends) = match prepared {
@@ -187,6 +189,14 @@ impl Sandbox {
             what: "OCI configuration",
             source: source.into(),
         })?;
+        let mut volumes = Vec::new();
+        for own in divided.volumes {
+            let mut volume = own.volume;
+            if let Some(place) = &own.place {
+                volume.serial = vm.volume(place).await?;
+            }
+            volumes.push(volume);
+        }
         let disks = Disks::plug(&vm, disks).await?;
         let created = connect(ends, &vm, &init, async |stdio| {
             let request = CreateContainerRequest {
@@ -194,10 +204,11 @@ impl Sandbox {
                 spec: guest,
                 stdio: Some(stdio).into(),
                 sandbox: kind == Kind::Sandbox,
-                volumes: divided.volumes,
+                volumes,
                 root_disk: disks.root.clone().into(),
+                root_layers: disks.layers.clone().into(),
                 disk_devices: disks.devices.clone(),
-                folder: Some(vm.folder().clone()).into(),
+                folder: Some(vm::folder(vm.storage())).into(),
                 ..Default::default()
             };
             vm.agent().create_container(request).await
@@ -234,6 +245,16 @@ impl Sandbox {
             storage,
             disks,
         }))
+    }
+
+    /// The size of the disk of an emptyDir, for the VM that there is, or the one that is to be booted.
+    fn empty_dir_disk_mib(&self, machine: Option<&Machine<'_>>) -> u32 {
+        match (self.running_vm(), machine) {
+            (Some(vm), _) => vm.storage().empty_dir_disk_mib(),
+            (None, machine) => {
+                machine.map_or(0, |machine| machine.config.storage().empty_dir_disk_mib())
+            }
+        }
     }
 
     /// The VM that is to be booted for a container.
@@ -295,6 +316,7 @@ impl Sandbox {
         kind: &Kind,
         request: &Create,
         divided: &Divided,
+        image_mib: u32,
     ) -> Result<Option<ContainerStorage>, Error> {
         if *kind == Kind::Sandbox {
             return Ok(None);
@@ -304,6 +326,14 @@ impl Sandbox {
             root: request.bundle.join(&divided.root),
             binds: divided.binds.clone(),
             devices: divided.devices.clone(),
+            images: Images {
+                places: divided
+                    .volumes
+                    .iter()
+                    .filter_map(|own| own.place.clone())
+                    .collect(),
+                mib: image_mib,
+            },
         };
         self.share().prepare(&request.id, wanted).await.map(Some)
     }
@@ -317,9 +347,10 @@ impl Sandbox {
 }
 
 /// Divides a specification. Looking at what it mounts may wait for a disk or a server.
-async fn divide(spec: Spec, id: &str, kind: &Kind) -> Result<Divided, Error> {
+async fn divide(spec: Spec, id: &str, kind: &Kind, has_disks: bool) -> Result<Divided, Error> {
     let (id, kind) = (id.to_owned(), kind.clone());
-    let work = move || spec::divide(spec, &id, &kind, storage::look);
+    let look = move |path: &Path, is_shm| storage::look(path, is_shm, has_disks);
+    let work = move || spec::divide(spec, &id, &kind, look);
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
