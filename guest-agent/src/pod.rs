@@ -195,7 +195,8 @@ impl Volumes {
     }
 }
 
-/// Mounts the disk of a volume, whose root is then as the volume says. It may have been one before, in an earlier guest of the pod.
+/// Mounts the disk of a volume, whose root is made as the volume says, unless it has been one before, in an earlier guest of the
+/// pod.
 fn mount_disk(
     device: &Path,
     point: &Path,
@@ -209,10 +210,14 @@ fn mount_disk(
         flags,
         Some(IMAGE_OPTIONS),
     )?;
-    // A new file system has it, and a new volume has nothing.
-    let _ = fs::remove_dir(point.join("lost+found"));
-    chown(point, Some(volume.uid), Some(volume.gid))?;
-    fs::set_permissions(point, Permissions::from_mode(volume.mode))
+    let new = point.join("lost+found");
+    if new.is_dir() {
+        chown(point, Some(volume.uid), Some(volume.gid))?;
+        fs::set_permissions(point, Permissions::from_mode(volume.mode))?;
+        // A new volume has nothing in it. From now on, what its containers do to its root stays.
+        fs::remove_dir(new)?;
+    }
+    Ok(())
 }
 
 /// Opens the folder `path` of a volume, as a container would resolve it; makes it if it is missing, open to the same as

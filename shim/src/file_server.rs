@@ -189,7 +189,18 @@ mod tests {
 
         let folder = tempfile::tempdir().unwrap();
         let program = folder.path().join("program");
-        std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        // By another process: what another test starts meanwhile could inherit a file that is open for writing, which nobody can
+        // run then.
+        let written = std::process::Command::new("/bin/sh")
+            .args([
+                "-c",
+                "printf '#!/bin/sh\n%s\n' \"$1\" >\"$2\"",
+                "sh",
+                script,
+            ])
+            .arg(&program)
+            .status();
+        assert!(written.unwrap().success());
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
         let share = folder.path().join("share");
         let (server, client) = FileServer::spawn(&program, &share, &storage("")).unwrap();

@@ -198,14 +198,20 @@ fn open_device(path: &Path, read_only: bool) -> io::Result<File> {
 /// Opens an image for one VM alone, if it is written to: as long as it is open, no other VM gets it.
 pub(super) fn open_image(path: &Path, read_only: bool) -> io::Result<File> {
     let file = open(path, read_only, 0)?;
+    lock_image(&file, read_only)?;
+    Ok(file)
+}
+
+/// Keeps an image for one VM alone, if it is written to.
+pub(super) fn lock_image(file: &File, read_only: bool) -> io::Result<()> {
     // Kept by whoever has the open file, so by the worker as well.
     let lock = if read_only {
         FlockOperation::NonBlockingLockShared
     } else {
         FlockOperation::NonBlockingLockExclusive
     };
-    match flock(&file, lock) {
-        Ok(()) => Ok(file),
+    match flock(file, lock) {
+        Ok(()) => Ok(()),
         Err(Errno::WOULDBLOCK) => Err(Errno::BUSY.into()),
         Err(err) => Err(err.into()),
     }

@@ -3,14 +3,17 @@
 //! is sparse, so that it takes as much of the host's disk as the guest has put into it.
 
 use std::ffi::OsStr;
-use std::fs::{File, remove_file, rename};
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use nix::sys::statvfs::statvfs;
+use rustix::fs::{AtFlags, Mode, OFlags, fstatvfs, openat, renameat, unlinkat};
+use rustix::io::Errno;
 
-use super::disk::{Disk, open_image};
+use super::disk::{Disk, lock_image};
 use super::failed;
 use crate::error::Error;
 
@@ -31,15 +34,27 @@ pub(super) fn is_image(name: &OsStr) -> bool {
     name == NAME || name == NEW
 }
 
+/// Whether there is an image in `folder`.
+pub(super) fn exists(folder: &Path) -> bool {
+    folder
+        .join(NAME)
+        .symlink_metadata()
+        .is_ok_and(|found| found.is_file())
+}
+
 /// Opens the image in `folder` for one VM alone.
 pub(super) fn open(folder: &Path) -> Result<Disk, Error> {
     let path = folder.join(NAME);
-    let open = || {
-        // What a guest had put there while it saw the folder could be a link.
-        if !path.symlink_metadata()?.is_file() {
+    let open = || -> io::Result<File> {
+        // A guest may write to the folder at this moment: what it has put there could be a link, or a file with another name.
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = File::from(openat(folder_of(folder)?, NAME, flags, Mode::empty())?);
+        let found = file.metadata()?;
+        if !found.is_file() || found.nlink() != 1 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        open_image(&path, false)
+        lock_image(&file, false)?;
+        Ok(file)
     };
     let file = open().map_err(failed("open", &path))?;
     Ok(Disk::of_image(file, false))
@@ -52,36 +67,57 @@ pub(super) fn make(folder: &Path, size: Option<u64>) -> Result<(), Error> {
     if path.symlink_metadata().is_ok() {
         return Ok(());
     }
-    // One that was not finished is begun anew.
-    let new = folder.join(NEW);
-    let made = make_at(&new, size).and_then(|()| rename(&new, &path));
-    if made.is_err() {
-        let _ = remove_file(&new);
-    }
-    made.map_err(failed("make a file system in", &path))
+    make_in(folder, size).map_err(failed("make a file system in", &path))
 }
 
-fn make_at(path: &Path, size: Option<u64>) -> io::Result<()> {
-    match remove_file(path) {
-        Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
+fn folder_of(folder: &Path) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(folder, flags, Mode::empty())?.into())
+}
+
+/// By descriptors alone: a guest may write to the folder at this moment.
+fn make_in(folder: &Path, size: Option<u64>) -> io::Result<()> {
+    let folder = folder_of(folder)?;
+    // One that was not finished is begun anew.
+    match unlinkat(&folder, NEW, AtFlags::empty()) {
+        Err(err) if err != Errno::NOENT => return Err(err.into()),
         _ => {}
     }
-    let file = File::create_new(path)?;
+    // What is in it has owners of its own, and the folder may be open to others.
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let file = File::from(openat(&folder, NEW, flags, Mode::RUSR | Mode::WUSR)?);
+    let made = fill(&file, &folder, size)
+        .and_then(|()| Ok(renameat(&folder, NEW, &folder, NAME)?))
+        // The guest relies on it, and on its name, from its first write on.
+        .and_then(|()| folder.sync_all());
+    if made.is_err() {
+        let _ = unlinkat(&folder, NEW, AtFlags::empty());
+    }
+    made
+}
+
+fn fill(file: &File, folder: &File, size: Option<u64>) -> io::Result<()> {
     let size = match size {
         Some(size) => size,
         None => {
-            let around = statvfs(path)?;
-            around.blocks().saturating_mul(around.fragment_size())
+            let around = fstatvfs(folder)?;
+            around.f_blocks.saturating_mul(around.f_frsize)
         }
     };
     file.set_len(size.clamp(LEAST_SIZE, SIZE_LIMIT))?;
-    // Nothing is reserved for root, who is the guest's; and nothing is written that is zero anyhow.
+    // Nothing is reserved for root, who is the guest's; and nothing is written that is zero anyhow. The file is named by our
+    // descriptor, which leads to no other.
     let output = Command::new("mkfs.ext4")
         .args(["-q", "-F", "-m", "0", "-E"])
         .arg("nodiscard,lazy_itable_init=1,lazy_journal_init=1")
-        .arg(path)
+        .arg(format!(
+            "/proc/{}/fd/{}",
+            std::process::id(),
+            file.as_raw_fd()
+        ))
         .stdin(Stdio::null())
-        .output()?;
+        .output()
+        .map_err(|err| io::Error::new(err.kind(), format!("mkfs.ext4: {err}")))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         return Err(io::Error::other(format!(
@@ -90,7 +126,6 @@ fn make_at(path: &Path, size: Option<u64>) -> io::Result<()> {
             said.trim()
         )));
     }
-    // The guest relies on it from its first write on.
     file.sync_all()
 }
 
@@ -102,8 +137,6 @@ pub(super) fn can_be_made() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
 
     #[test]
@@ -112,7 +145,7 @@ mod tests {
         let look = || folder.path().join(NAME).metadata().unwrap();
         make(folder.path(), Some(64 << 20)).unwrap();
         let made = look();
-        assert_eq!(made.len(), 64 << 20);
+        assert_eq!((made.len(), made.mode() & 0o777), (64 << 20, 0o600));
         assert!(made.blocks() * 512 < 8 << 20, "{} blocks", made.blocks());
         let image = std::fs::read(folder.path().join(NAME)).unwrap();
         assert_eq!(image[1024 + 56..][..2], [0x53, 0xef], "an ext4");
@@ -153,6 +186,11 @@ mod tests {
         std::fs::write(&outside, "mine").unwrap();
         std::os::unix::fs::symlink(&outside, folder.path().join(NAME)).unwrap();
         make(folder.path(), None).unwrap();
+        let err = open(folder.path()).unwrap_err().chain();
+        assert!(err.contains("symbolic links"), "{err}");
+        // Nor is a file that somebody else knows.
+        std::fs::remove_file(folder.path().join(NAME)).unwrap();
+        std::fs::hard_link(folder.path().join("outside"), folder.path().join(NAME)).unwrap();
         let err = open(folder.path()).unwrap_err().chain();
         assert!(err.contains("invalid input"), "{err}");
     }

@@ -7,6 +7,7 @@
 //! <snapshot of a container>/fs         the folder for what is written, which holds the image that keeps it
 //! ```
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -65,24 +66,34 @@ impl RootLayers {
         let Some(overlay) = Overlay::parse(&mount.options) else {
             return Ok(None);
         };
+        // What a container has written to its image is not to be had in another way.
+        let shared = |why: &str| match &overlay.upper {
+            Some(upper) if image::exists(upper) => {
+                let why = io::Error::other(why.to_owned());
+                Err(failed("use the image in", upper)(why))
+            }
+            _ => {
+                info!("the layers of a root file system are mounted on the host: {why}");
+                Ok(None)
+            }
+        };
         let Some(images) = overlay.images() else {
-            return Ok(None);
+            return shared("they are no EROFS images");
         };
         if let Some(upper) = &overlay.upper
-            && !(image::can_be_made() && keeps_nothing_else(upper))
+            && !image::exists(upper)
         {
-            info!("{} cannot be kept on a disk", upper.display());
-            return Ok(None);
+            if !image::can_be_made() {
+                return shared("there is no mkfs.ext4");
+            }
+            if !keeps_nothing_else(upper) {
+                return shared("the host has written to them");
+            }
         }
         let disks = images.len() + usize::from(overlay.upper.is_some());
-        let Ok(permits) = u32::try_from(disks) else {
-            return Ok(None);
-        };
+        let permits = u32::try_from(disks).unwrap_or(u32::MAX);
         let Ok(slots) = Arc::clone(slots).try_acquire_many_owned(permits) else {
-            info!(
-                "the pod has no slots for {disks} disks, and gets the layers of its image as a folder"
-            );
-            return Ok(None);
+            return shared("the pod has no slots for so many disks");
         };
         let layers = images.iter().map(|path| {
             let file = open_image(path, true).map_err(failed("open", path))?;
@@ -196,9 +207,17 @@ mod tests {
         };
         let slots = Arc::new(Semaphore::new(SLOTS));
         // Nothing is mounted there.
-        assert!(RootLayers::of(&[mount], &slots).unwrap().is_none());
+        assert!(
+            RootLayers::of(std::slice::from_ref(&mount), &slots)
+                .unwrap()
+                .is_none()
+        );
         assert_eq!(upper.read_dir().unwrap().count(), 0);
         assert_eq!(slots.available_permits(), SLOTS);
+        // What a container has written before is not passed over.
+        image::make(&upper, Some(0)).unwrap();
+        let err = RootLayers::of(&[mount], &slots).unwrap_err().chain();
+        assert!(err.contains("they are no EROFS images"), "{err}");
     }
 
     #[test]

@@ -80,10 +80,10 @@ pub(crate) fn look(path: &Path, is_shm: bool, has_disks: bool) -> io::Result<Sou
     {
         return Ok(in_memory_of_guest(volume(root)?, folder));
     }
-    if has_disks
-        && kind.is_dir()
+    // One that is a disk already stays one, whatever is asked for now.
+    if kind.is_dir()
         && let Some((place, folder)) = empty_dir(&mounts, &path)
-        && keeps_no_files(&place)?
+        && (image::exists(&place) || has_disks && keeps_no_files(&place)?)
     {
         let volume = OwnVolume {
             volume: disk_volume(&place)?,
@@ -151,8 +151,9 @@ fn empty_dir(mounts: &[MountPoint], path: &Path) -> Option<(PathBuf, PathBuf)> {
         .join("volumes")
         .join(EMPTY_DIR)
         .join(volume.file_name()?);
-    let is_sub_path = path.strip_prefix(pod).ok()?.starts_with("volume-subpaths");
-    (is_sub_path && place.is_dir()).then_some((place, folder))
+    let name = path.strip_prefix(pod.join("volume-subpaths")).ok()?;
+    let is_its_own = name.components().next()?.as_os_str() == volume.file_name()?;
+    (is_its_own && place.is_dir()).then_some((place, folder))
 }
 
 /// Divides a path after the name of an emptyDir.
@@ -185,10 +186,9 @@ fn keeps_no_files(place: &Path) -> io::Result<bool> {
 /// A volume on a disk that is as open as the folder for it.
 fn disk_volume(place: &Path) -> io::Result<Volume> {
     let owner = place.metadata()?;
-    let name = place.file_name().unwrap_or_default().to_string_lossy();
     Ok(Volume {
-        // No device number looks like that.
-        name: format!("{EMPTY_DIR}~{name}"),
+        // As long as it is there, no other folder of the host has these numbers.
+        name: format!("disk~{}~{}", owner.dev(), owner.ino()),
         mode: owner.mode() & 0o7777,
         uid: owner.uid(),
         gid: owner.gid(),
@@ -327,12 +327,17 @@ mod tests {
         };
         assert_eq!(folder, Path::new("sub"));
         assert_eq!(volume.place.as_ref(), Some(&place));
-        assert_eq!(volume.volume.name, "kubernetes.io~empty-dir~data");
+        assert!(volume.volume.name.starts_with("disk~"), "{volume:?}");
         assert_eq!(volume.volume.mode, 0o755);
-        let shared = Source::Shared { has_mounts: false };
-        assert_eq!(look(&place, false, false).unwrap(), shared);
+        // It stays one, whatever is said later, and whatever else is there.
         std::fs::write(place.join("sub/path/file"), "").unwrap();
+        let again = look(&place, false, false).unwrap();
+        assert!(matches!(again, Source::Own { .. }), "{again:?}");
+        std::fs::remove_file(place.join(".husk.ext4")).unwrap();
+        let shared = Source::Shared { has_mounts: false };
         assert_eq!(look(&place, false, true).unwrap(), shared);
+        std::fs::remove_file(place.join("sub/path/file")).unwrap();
+        assert_eq!(look(&place, false, false).unwrap(), shared);
     }
 
     #[test]

@@ -66,7 +66,18 @@ mod tests {
 
     fn fake_shim(folder: &Path, script: &str, mode: u32) {
         let path = folder.join(BINARY);
-        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        // By another process: what another test starts meanwhile could inherit a file that is open for writing, which nobody can
+        // run then.
+        let written = Command::new("/bin/sh")
+            .args([
+                "-c",
+                "printf '#!/bin/sh\n%s\n' \"$1\" >\"$2\"",
+                "sh",
+                script,
+            ])
+            .arg(&path)
+            .status();
+        assert!(written.unwrap().success());
         fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
     }
 
