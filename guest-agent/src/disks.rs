@@ -165,7 +165,7 @@ fn join(folders: &[PathBuf]) -> String {
 }
 
 /// Mounts `source` at a new folder.
-fn mount_new(
+pub(crate) fn mount_new(
     source: &Path,
     point: &Path,
     fstype: &str,

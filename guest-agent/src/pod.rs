@@ -21,7 +21,7 @@ use oci_spec::runtime::Spec;
 use pathrs::Root;
 use pathrs::flags::OpenFlags;
 
-use crate::disks::{IMAGE_OPTIONS, blocking};
+use crate::disks::{IMAGE_OPTIONS, blocking, mount_new};
 use crate::error::{During, Error, Result};
 
 /// The namespaces that containers of a pod may have in common. Network and cgroup root are the guest's.
@@ -120,25 +120,18 @@ impl Volumes {
             }
             let point = self.root.join(component(&volume.name)?);
             let what = || format!("making the volume {}", volume.name);
-            fs::create_dir_all(&point).during(what())?;
             let mut flags = MsFlags::empty();
             if volume.inert {
                 flags |= MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
             }
-            match devices.get(&volume.serial) {
+            let mounted = match devices.get(&volume.serial) {
                 None => {
                     let options = options_of(volume);
-                    mount(
-                        Some("tmpfs"),
-                        &point,
-                        Some("tmpfs"),
-                        flags,
-                        Some(options.as_str()),
-                    )
-                    .during(what())?;
+                    mount_new(Path::new("tmpfs"), &point, "tmpfs", flags, &options)
                 }
-                Some(device) => mount_disk(device, &point, flags, volume).during(what())?,
-            }
+                Some(device) => mount_disk(device, &point, flags, volume),
+            };
+            mounted.during(what())?;
             made.insert(volume.name.clone());
         }
         Ok(())
@@ -203,13 +196,7 @@ fn mount_disk(
     flags: MsFlags,
     volume: &agent::Volume,
 ) -> std::io::Result<()> {
-    mount(
-        Some(device),
-        point,
-        Some("ext4"),
-        flags,
-        Some(IMAGE_OPTIONS),
-    )?;
+    mount_new(device, point, "ext4", flags, IMAGE_OPTIONS)?;
     let new = point.join("lost+found");
     if new.is_dir() {
         chown(point, Some(volume.uid), Some(volume.gid))?;

@@ -129,10 +129,7 @@ impl Share {
             share.make_images(&wanted.images)?;
             Ok(storage)
         };
-        match tokio::task::spawn_blocking(work).await {
-            Ok(result) => result,
-            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
-        }
+        blocking(work).await
     }
 
     fn storage(&self, id: &str) -> ContainerStorage {
@@ -318,8 +315,13 @@ fn take_down(mounted: [&PathBuf; 2], points: [&PathBuf; 2]) {
 /// Opens the image of a volume, for one VM alone.
 pub(crate) async fn open_image(place: &Path) -> Result<Disk, Error> {
     let place = place.to_owned();
-    match tokio::task::spawn_blocking(move || image::open(&place)).await {
-        Ok(result) => result,
+    blocking(move || image::open(&place)).await
+}
+
+/// Does what may wait for a disk or a server where nobody else waits for it.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
         Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
     }
 }

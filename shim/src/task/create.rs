@@ -350,11 +350,7 @@ impl Sandbox {
 async fn divide(spec: Spec, id: &str, kind: &Kind, has_disks: bool) -> Result<Divided, Error> {
     let (id, kind) = (id.to_owned(), kind.clone());
     let look = move |path: &Path, is_shm| storage::look(path, is_shm, has_disks);
-    let work = move || spec::divide(spec, &id, &kind, look);
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
-    }
+    storage::blocking(move || spec::divide(spec, &id, &kind, look)).await
 }
 
 /// Connects the streams of `process` to the guest, lets `create` create the process with them, and attaches them. Returns
