@@ -204,12 +204,15 @@ class Parity(Case):
             task = self.start(runtime=runtime)
             terminal = self.terminal("task", "exec", "-t", "--exec-id", "shell", *as_alice(), "--cwd", "/tmp", task.name,
                                      "sh", "-c", "until [ \"$(stty size 2>&-)\" = '20 90' ]; do sleep 0.2; done; stty -a; tty; id; pwd; env | sort; echo ready;"
-                                     "read -r line; echo got $line; until [ \"$(stty size)\" = '40 120' ]; do sleep 0.2; done; exit 5",
+                                     "read -r line; echo got $line; until [ \"$(stty size)\" = '40 120' ]; do sleep 0.2; done; echo fits; read -r line; exit 5",
                                      rows=20, columns=90)
             terminal.expect("ready\r+\n")
             terminal.type("words\n")
             terminal.expect("got words")
             terminal.resize(40, 120)
+            # The client is told again until this is there, and would complain of a process that has ended meanwhile.
+            terminal.expect("fits")
+            terminal.type("end\n")
             note("status", str(terminal.wait()))
             note("screen", re.sub(r"\r+\n", "\n", terminal.text))
             note("afterwards", task.exec("echo", "fine"))
