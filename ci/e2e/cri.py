@@ -82,10 +82,19 @@ class Pod:
         container.start()
         return container
 
+    def inspect(self):
+        """What `crictl inspectp` says."""
+        return json.loads(self.case.crictl("inspectp", self.id, code=0).out)
+
     @property
     def status(self):
-        """`status` of `crictl inspectp`: state, network and so on."""
-        return json.loads(self.case.crictl("inspectp", self.id, code=0).out)["status"]
+        """Its `status`: state, network and so on."""
+        return self.inspect()["status"]
+
+    @property
+    def pid(self):
+        """The process that the host has for it, with husk the VM's."""
+        return self.inspect()["info"]["pid"]
 
     @property
     def addresses(self):
@@ -103,6 +112,7 @@ class PodCase(Case):
 
     def setUp(self):
         super().setUp()
+        self.uid = str(uuid.uuid4())
         self.pull(IMAGE)
 
     def crictl(self, *args, **kwargs):
@@ -121,11 +131,21 @@ class PodCase(Case):
             json.dump(what, file)
         return path
 
+    def kubelets(self, *names):
+        """Where kubelet would have something of the pods of this test, all of which have the same uid."""
+        return os.path.join(self.folder, self.uid, *names)
+
+    def empty_dir(self, name):
+        """A new folder where kubelet would have an emptyDir."""
+        folder = self.kubelets("volumes", "kubernetes.io~empty-dir", name)
+        os.makedirs(folder)
+        return folder
+
     def try_pod(self, **config):
         """`crictl runp`, which may fail: the result. `config` is merged into what CRI calls the pod's configuration."""
         name = self.name().replace("_", "-")
         wanted = {
-            "metadata": {"name": name, "namespace": "e2e", "uid": str(uuid.uuid4())},
+            "metadata": {"name": name, "namespace": "e2e", "uid": self.uid},
             "log_directory": self.folder,
             "linux": {},
             **config,

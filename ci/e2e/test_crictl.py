@@ -387,7 +387,7 @@ class Crictl(PodCase):
         pod = self.pod(linux={"cgroup_parent": parent})
         for score in (700, 500):
             pod.start(linux={"resources": {"oom_score_adj": score}})
-        worker = json.loads(self.crictl("inspectp", pod.id, code=0).out)["info"]["pid"]
+        worker = pod.pid
         with open(f"/proc/{worker}/stat", encoding="ascii") as file:
             shim = int(file.read().split(") ")[1].split()[1])
         for process in (worker, shim):
@@ -406,7 +406,7 @@ class Crictl(PodCase):
             os.makedirs(f"{volume}/{number}/below")
         mounts = [{"host_path": volume, "container_path": "/volume"}]
         pod = self.pod()
-        worker = json.loads(self.crictl("inspectp", pod.id, code=0).out)["info"]["pid"]
+        worker = pod.pid
         known = []
         for _ in range(4):
             # Each folder that is looked into costs the worker a descriptor.

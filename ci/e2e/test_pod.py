@@ -1,6 +1,7 @@
 """What the containers of a pod have in common, and what they do not: namespaces, volumes, the VM's size."""
 
 import os
+import signal
 import socket
 import subprocess
 
@@ -24,8 +25,7 @@ class Pods(PodCase):
 
     def in_memory(self, name, options):
         """The folder of an emptyDir volume in memory, as kubelet makes it."""
-        folder = os.path.join(self.folder, "kubernetes.io~empty-dir", name)
-        os.makedirs(folder)
+        folder = self.empty_dir(name)
         subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
         self.addCleanup(subprocess.run, ["umount", folder], check=True)
         return folder
@@ -103,8 +103,8 @@ class Pods(PodCase):
         if self.runtime != "husk":
             self.skipTest("it is husk's")
         self.configure('[storage]\nempty_dir_disk_mib = 1024\n[annotations]\nallow = ["storage.empty_dir_disk_mib"]\n')
-        volume = os.path.join(self.folder, "volumes", "kubernetes.io~empty-dir", "data")
-        elsewhere = os.path.join(self.folder, "volume-subpaths", "data", "c", "0")
+        volume = self.empty_dir("data")
+        elsewhere = self.kubelets("volume-subpaths", "data", "c", "0")
         for folder in os.path.join(volume, "sub"), elsewhere:
             os.makedirs(folder)
         subprocess.run(["mount", "--bind", os.path.join(volume, "sub"), elsewhere], check=True)
@@ -137,16 +137,44 @@ class Pods(PodCase):
         again = self.pod().start(mounts=mounts)
         self.assertEqual(again.output_of("cat", "/data/sub/file"), "common")
         # What the host has put there is not hidden.
-        other = os.path.join(self.folder, "volumes", "kubernetes.io~empty-dir", "other")
-        os.makedirs(other)
+        other = self.empty_dir("other")
         with open(os.path.join(other, "file"), "w", encoding="ascii") as file:
             file.write("of the host\n")
         shared = self.pod().start(mounts=[{"host_path": other, "container_path": "/data"}])
         self.assertEqual(shared.output_of("cat", "/data/file"), "of the host")
 
+    def test_empty_dir_that_is_a_disk_keeps_what_was_synced(self):
+        if self.runtime != "husk":
+            self.skipTest("it is husk's")
+        self.configure("[storage]\nempty_dir_disk_mib = 64\n")
+        mounts = [{"host_path": self.empty_dir("data"), "container_path": "/data"}]
+        pod = self.pod()
+        first = pod.start(mounts=mounts)
+        written = first.output_of("sh", "-c", "dd if=/dev/urandom of=/data/file bs=1M count=4 conv=fsync 2>&-; sha256sum /data/file")
+        os.kill(pod.pid, signal.SIGKILL)
+        first.wait_for_exit()
+        again = self.pod().start(mounts=mounts)
+        self.assertEqual(again.output_of("sha256sum", "/data/file"), written)
+
+    def test_empty_dir_that_is_a_disk_on_a_full_one(self):
+        if self.runtime != "husk":
+            self.skipTest("it is husk's")
+        self.configure("[storage]\nempty_dir_disk_mib = 256\n")
+        volume = self.empty_dir("data")
+        self.mount_disk(os.path.dirname(volume), "32M")
+        os.mkdir(volume)
+        pod = self.pod()
+        container = pod.start(mounts=[{"host_path": volume, "container_path": "/data"}])
+        container.exec("sh", "-c", "echo early >/data/early; sync", code=0)
+        full = container.exec("dd", "if=/dev/urandom", "of=/data/file", "bs=1M", "count=64", "conv=fsync")
+        self.assertIn("I/O error", full.err)
+        # It is only the volume that fails.
+        self.assertEqual(container.output_of("cat", "/data/early"), "early")
+        container.exec("sh", "-c", "echo fine >/root/file; sync /root/file", code=0)
+        pod.remove(code=0)
+
     def test_unix_socket_on_a_volume_connects_containers(self):
-        folder = os.path.join(self.folder, "kubernetes.io~empty-dir", "disk")
-        os.makedirs(folder)
+        folder = self.empty_dir("disk")
         mounts = [{"host_path": folder, "container_path": "/shared"}]
         pod = self.pod()
         link = "ln -s /shared/socket /dev/log; "

@@ -10,6 +10,7 @@ use crate::error::Error;
 
 pub(crate) const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 pub(crate) const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
 pub(crate) const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 pub(crate) const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 pub(crate) const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
@@ -62,6 +63,11 @@ impl Kind {
             Self::Member { sandbox } => source.ends_with(Path::new(sandbox).join("shm")),
         }
     }
+}
+
+/// The uid by which Kubernetes knows the pod, if there is one.
+pub(crate) fn uid(spec: &Spec) -> Option<&str> {
+    annotation(spec.annotations().as_ref(), SANDBOX_UID)
 }
 
 /// What containers may use; `None` is no limit.

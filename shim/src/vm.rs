@@ -29,7 +29,7 @@ use log::{info, warn};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::process::Child;
-use tokio::sync::{Notify, OnceCell, mpsc, watch};
+use tokio::sync::{Notify, OnceCell, OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::agent::Agent;
@@ -88,6 +88,8 @@ pub(crate) struct Vm {
     disks: AtomicU64,
     /// The serials of the disks that are volumes, by the folders of their images.
     volumes: Mutex<HashMap<PathBuf, Arc<OnceCell<String>>>>,
+    /// Of layers that the guest has not let go of.
+    slots: Mutex<Vec<Arc<OwnedSemaphorePermit>>>,
     network: Network,
     storage: Storage,
     phases: Phases,
@@ -263,6 +265,7 @@ impl Vm {
             oom_score_adj: AtomicI32::new(0),
             disks: AtomicU64::new(0),
             volumes: Mutex::default(),
+            slots: Mutex::default(),
             network: Network::default(),
             storage: Storage::default(),
             phases: Phases {
@@ -365,6 +368,12 @@ impl Vm {
     pub(crate) async fn unplug(&self, serial: &str) -> Result<(), Error> {
         let removed = self.worker.0.remove_disk(serial.to_owned()).await;
         or_end(removed, &self.end).await
+    }
+
+    /// Keeps slots taken for as long as there is the VM.
+    pub(crate) fn keep_slots(&self, slots: Arc<OwnedSemaphorePermit>) {
+        let mut kept = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.push(slots);
     }
 
     /// Opens a vsock connection; also returns the host's port of it.
@@ -532,6 +541,7 @@ impl Starting {
             oom_score_adj: AtomicI32::new(0),
             disks: AtomicU64::new(0),
             volumes: Mutex::default(),
+            slots: Mutex::default(),
             network,
             storage,
             phases,

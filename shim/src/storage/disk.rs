@@ -64,7 +64,7 @@ impl Disk {
     }
 
     /// An image that was opened by [`open_image`].
-    pub(super) fn of_image(file: File, read_only: bool) -> Self {
+    pub(crate) fn of_image(file: File, read_only: bool) -> Self {
         Self { file, read_only }
     }
 

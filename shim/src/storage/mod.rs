@@ -34,12 +34,13 @@ use tokio::sync::Semaphore;
 
 use crate::error::Error;
 use crate::spec::{Bind, BlockDevice, ROOTFS};
+use source::Decisions;
 use volume::{Places, Volume, Volumes};
 
 pub(crate) use disk::{DeviceDisk, Disk, RootDisk};
 pub(crate) use idmap::IdMaps;
 pub(crate) use layers::RootLayers;
-pub(crate) use source::{OwnVolume, Source, look};
+pub(crate) use source::{OwnVolume, Source, Sources};
 pub(crate) use volume::PREFIX as VOLUME_PREFIX;
 
 /// The tmpfs holds mount points, nothing else: this bounds what a guest that can write below `share` could fill.
@@ -54,6 +55,7 @@ pub(crate) struct Share {
     slots: Arc<Semaphore>,
     /// Held by who makes images of volumes.
     making: Arc<Mutex<()>>,
+    decisions: Decisions,
 }
 
 impl Share {
@@ -88,6 +90,7 @@ impl Share {
             volumes: Arc::default(),
             slots: Arc::new(Semaphore::new(layers::SLOTS)),
             making: Arc::default(),
+            decisions: Decisions::default(),
         }
     }
 
@@ -102,6 +105,16 @@ impl Share {
 
     fn staging(&self) -> PathBuf {
         self.root.join("staging")
+    }
+
+    /// For looking at what a container of the pod with the uid `pod_uid` mounts; `has_disks` says whether its emptyDirs are
+    /// to be disks.
+    pub(crate) fn sources(&self, pod_uid: Option<&str>, has_disks: bool) -> Sources {
+        Sources {
+            pod_uid: pod_uid.map(str::to_owned),
+            has_disks,
+            decisions: self.decisions.clone(),
+        }
     }
 
     /// Puts together what container `id` sees, for [`ContainerStorage::publish`], and opens its disks. On failure nothing is

@@ -7,11 +7,13 @@
 //!
 //! By it an emptyDir on the host's disk is known as well, which can be a disk of the guest's.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use husk_protocol::agent::Volume;
 use nix::sys::statvfs::{FsFlags, statvfs};
@@ -23,6 +25,9 @@ const MOUNTINFO: &str = "/proc/self/mountinfo";
 
 /// The folder in which kubelet keeps the emptyDir volumes of a pod.
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+
+/// Most folders that are looked into for files.
+const FOLDER_LIMIT: usize = 1000;
 
 /// A source, looked at.
 #[derive(Debug, PartialEq)]
@@ -59,42 +64,84 @@ struct MountPoint {
     fstype: String,
 }
 
-/// Looks at `path` on the host. `is_shm` says that it is a pod's /dev/shm, and `has_disks` that an emptyDir is a disk.
-pub(crate) fn look(path: &Path, is_shm: bool, has_disks: bool) -> io::Result<Source> {
-    let path = match path.canonicalize() {
-        Err(err) if is_shm && err.kind() == io::ErrorKind::NotFound => {
-            return Ok(in_memory_of_guest(default_shm(), PathBuf::new()));
-        }
-        path => path?,
-    };
-    let kind = path.metadata()?.file_type();
-    if kind.is_socket() {
-        return Ok(Source::Socket);
-    }
-    if kind.is_char_device() || kind.is_block_device() {
-        return Ok(Source::Device);
-    }
-    let mounts = parse(&std::fs::read_to_string(MOUNTINFO)?);
-    if kind.is_dir()
-        && let Some((root, folder)) = in_memory(&mounts, &path, is_shm)
-    {
-        return Ok(in_memory_of_guest(volume(root)?, folder));
-    }
-    // One that is a disk already stays one, whatever is asked for now.
-    if kind.is_dir()
-        && let Some((place, folder)) = empty_dir(&mounts, &path)
-        && (image::exists(&place) || has_disks && keeps_no_files(&place)?)
-    {
-        let volume = OwnVolume {
-            volume: disk_volume(&place)?,
-            place: Some(place),
+/// Which emptyDirs of a pod are disks, by the device and inode of their folders: what was said to the pod's first container
+/// that has one holds for all of them, whatever is in the folder later.
+pub(super) type Decisions = Arc<Mutex<HashMap<(u64, u64), bool>>>;
+
+/// Looks at the sources of a container's bind mounts.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Sources {
+    /// By which kubelet names the folder of the pod. If nobody says it, each is taken for the pod's.
+    pub(super) pod_uid: Option<String>,
+    /// Whether an emptyDir that is not known yet, and keeps no files, is a disk.
+    pub(super) has_disks: bool,
+    pub(super) decisions: Decisions,
+}
+
+impl Sources {
+    /// Looks at `path` on the host. `is_shm` says that it is a pod's /dev/shm.
+    pub(crate) fn look(&self, path: &Path, is_shm: bool) -> io::Result<Source> {
+        let path = match path.canonicalize() {
+            Err(err) if is_shm && err.kind() == io::ErrorKind::NotFound => {
+                return Ok(in_memory_of_guest(default_shm(), PathBuf::new()));
+            }
+            path => path?,
         };
-        return Ok(Source::Own { volume, folder });
+        let kind = path.metadata()?.file_type();
+        if kind.is_socket() {
+            return Ok(Source::Socket);
+        }
+        if kind.is_char_device() || kind.is_block_device() {
+            return Ok(Source::Device);
+        }
+        let mounts = parse(&std::fs::read_to_string(MOUNTINFO)?);
+        if kind.is_dir()
+            && let Some((root, folder)) = in_memory(&mounts, &path, is_shm)
+            && (is_shm || self.is_of_pod(&root.at))
+        {
+            return Ok(in_memory_of_guest(volume(root)?, folder));
+        }
+        if kind.is_dir()
+            && let Some((place, folder)) = empty_dir(&mounts, &path)
+            && self.is_of_pod(&place)
+            && self.is_disk(&place)?
+        {
+            let volume = OwnVolume {
+                volume: disk_volume(&place)?,
+                place: Some(place),
+            };
+            return Ok(Source::Own { volume, folder });
+        }
+        let has_mounts = mounts
+            .iter()
+            .any(|mount| mount.at != path && mount.at.starts_with(&path));
+        Ok(Source::Shared { has_mounts })
     }
-    let has_mounts = mounts
-        .iter()
-        .any(|mount| mount.at != path && mount.at.starts_with(&path));
-    Ok(Source::Shared { has_mounts })
+
+    /// Whether the emptyDir `place` is the pod's, as `<uid>/volumes/kubernetes.io~empty-dir/<name>`: another pod's, which a
+    /// hostPath leads to, has its files elsewhere.
+    fn is_of_pod(&self, place: &Path) -> bool {
+        let pod = place.ancestors().nth(3).and_then(Path::file_name);
+        match &self.pod_uid {
+            Some(uid) => pod == Some(OsStr::new(uid)),
+            None => true,
+        }
+    }
+
+    fn is_disk(&self, place: &Path) -> io::Result<bool> {
+        let found = place.metadata()?;
+        let mut decisions = self
+            .decisions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(&is_disk) = decisions.get(&(found.dev(), found.ino())) {
+            return Ok(is_disk);
+        }
+        // One that is a disk already stays one, whatever is asked for now.
+        let is_disk = image::exists(place) || self.has_disks && keeps_no_files(place)?;
+        decisions.insert((found.dev(), found.ino()), is_disk);
+        Ok(is_disk)
+    }
 }
 
 fn in_memory_of_guest(volume: Volume, folder: PathBuf) -> Source {
@@ -167,11 +214,21 @@ fn divide_empty_dir(path: &Path) -> Option<(PathBuf, PathBuf)> {
 }
 
 /// Whether there is no file but the disk's image in the folder of an emptyDir, which the guest would not see. The folders that
-/// kubelet makes for a subPath are there.
+/// kubelet makes for a subPath are there; one with very many is not looked through.
 fn keeps_no_files(place: &Path) -> io::Result<bool> {
     let mut folders = vec![place.to_owned()];
+    let mut looked_into = 0;
     while let Some(folder) = folders.pop() {
-        for entry in folder.read_dir()? {
+        looked_into += 1;
+        if looked_into > FOLDER_LIMIT {
+            return Ok(false);
+        }
+        let entries = match folder.read_dir() {
+            // Somebody else's container may have the volume.
+            Err(err) if err.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries?,
+        };
+        for entry in entries {
             let entry = entry?;
             if entry.file_type()?.is_dir() {
                 folders.push(entry.path());
@@ -316,6 +373,15 @@ mod tests {
         assert_eq!(found(&pod.path().join("volumes")), None);
     }
 
+    /// What there is at `path` for the first container of a pod.
+    fn look(path: &Path, is_shm: bool, has_disks: bool) -> io::Result<Source> {
+        let sources = Sources {
+            has_disks,
+            ..Sources::default()
+        };
+        sources.look(path, is_shm)
+    }
+
     #[test]
     fn empty_dir_is_a_disk_where_it_keeps_no_files() {
         let pod = tempfile::tempdir().unwrap();
@@ -338,6 +404,56 @@ mod tests {
         assert_eq!(look(&place, false, true).unwrap(), shared);
         std::fs::remove_file(place.join("sub/path/file")).unwrap();
         assert_eq!(look(&place, false, false).unwrap(), shared);
+        assert!(matches!(
+            look(&place, false, true).unwrap(),
+            Source::Own { .. }
+        ));
+    }
+
+    #[test]
+    fn empty_dir_stays_what_it_is_to_the_first_container() {
+        let pod = tempfile::tempdir().unwrap();
+        let place = pod.path().join(EMPTY_DIR);
+        let (shared, disk) = (place.join("shared"), place.join("disk"));
+        std::fs::create_dir_all(&shared).unwrap();
+        std::fs::create_dir(&disk).unwrap();
+        std::fs::write(shared.join("file"), "").unwrap();
+        let sources = Sources {
+            has_disks: true,
+            ..Sources::default()
+        };
+        let is_disk = |place| matches!(sources.look(place, false).unwrap(), Source::Own { .. });
+        assert!(!is_disk(&shared) && is_disk(&disk));
+        std::fs::remove_file(shared.join("file")).unwrap();
+        std::fs::write(disk.join("file"), "").unwrap();
+        assert!(!is_disk(&shared) && is_disk(&disk));
+    }
+
+    #[test]
+    fn empty_dir_of_another_pod_is_shared() {
+        let pods = tempfile::tempdir().unwrap();
+        let place = pods.path().join("uid/volumes").join(EMPTY_DIR).join("data");
+        std::fs::create_dir_all(&place).unwrap();
+        for (uid, is_disk) in [(None, true), (Some("uid"), true), (Some("other"), false)] {
+            let sources = Sources {
+                pod_uid: uid.map(str::to_owned),
+                has_disks: true,
+                ..Sources::default()
+            };
+            let found = sources.look(&place, false).unwrap();
+            assert_eq!(matches!(found, Source::Own { .. }), is_disk, "{uid:?}");
+        }
+    }
+
+    #[test]
+    fn folder_of_very_many_folders_is_not_looked_through() {
+        let place = tempfile::tempdir().unwrap();
+        for folder in 0..FOLDER_LIMIT - 1 {
+            std::fs::create_dir(place.path().join(folder.to_string())).unwrap();
+        }
+        assert!(keeps_no_files(place.path()).unwrap());
+        std::fs::create_dir(place.path().join("more")).unwrap();
+        assert!(!keeps_no_files(place.path()).unwrap());
     }
 
     #[test]

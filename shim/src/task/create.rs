@@ -20,13 +20,13 @@ use crate::growth::Demand;
 use crate::hooks::{self, HookState};
 use crate::network;
 use crate::options;
-use crate::pod::{Kind, Limits};
+use crate::pod::{self, Kind, Limits};
 use crate::pod_config;
 use crate::process::{Process, TtySize};
 use crate::sandbox::{Machine, Sandbox};
 use crate::size::{VmSize, VmSizes};
 use crate::spec::{self, Divided};
-use crate::storage::{self, ContainerStorage, Images, OpenDisks, Wanted};
+use crate::storage::{self, ContainerStorage, Images, OpenDisks, Sources, Wanted};
 use crate::streams::{self, Ends, LogIdentity, Ports, Stdio};
 use crate::vm;
 
@@ -114,7 +114,8 @@ impl Sandbox {
         let oci_version = spec.version().clone();
         let own_pid_namespace = has_own_pid_namespace(&spec);
         let image_mib = self.empty_dir_disk_mib(machine.as_ref());
-        let mut divided = divide(spec, &request.id, &kind, image_mib > 0).await?;
+        let sources = self.share().sources(pod::uid(&spec), image_mib > 0);
+        let mut divided = divide(spec, &request.id, &kind, sources).await?;
         if let Some(namespace) = spec::pods_processes(&mut divided.guest)
             && let Some(container) = self.only_one_with_own_processes()?
         {
@@ -347,9 +348,9 @@ impl Sandbox {
 }
 
 /// Divides a specification. Looking at what it mounts may wait for a disk or a server.
-async fn divide(spec: Spec, id: &str, kind: &Kind, has_disks: bool) -> Result<Divided, Error> {
+async fn divide(spec: Spec, id: &str, kind: &Kind, sources: Sources) -> Result<Divided, Error> {
     let (id, kind) = (id.to_owned(), kind.clone());
-    let look = move |path: &Path, is_shm| storage::look(path, is_shm, has_disks);
+    let look = move |path: &Path, is_shm| sources.look(path, is_shm);
     storage::blocking(move || spec::divide(spec, &id, &kind, look)).await
 }
 
