@@ -38,6 +38,28 @@ class Shared(Case):
             file.write("\n".join(["[storage]", *keys, ""]))
         return [*self.mount(), "--runtime-config-path", path]
 
+    def use(self, task):
+        """Has a container do what people do with the folder, and looks at it from the host."""
+        out = task.exec("sh", "-ec", """
+            cd /share
+            exec 3<>gone; rm gone; echo kept >&3; cat /proc/self/fd/3
+            mkdir folder; mv file folder/moved; ln -s moved folder/link; cat folder/link; echo
+            chown 1:2 folder/moved; chmod 4711 folder/moved; stat -c '%u %g %a' folder/moved
+            mkfifo fifo; stat -c %F fifo
+            dd if=/dev/urandom of=large bs=1M count=8 conv=fsync 2>/dev/null; sync; sha256sum large
+            """, code=0).out.splitlines()
+        self.assertEqual(out[:4], ["kept", "other", "1 2 4711", "fifo"])
+        with open(f"{self.share}/large", "rb") as file:
+            self.assertEqual(out[4].split()[0], hashlib.sha256(file.read()).hexdigest())
+        found = os.stat(f"{self.share}/folder/moved")
+        self.assertEqual((found.st_uid, found.st_gid, found.st_mode & 0o7777), (1, 2, 0o4711))
+        self.assertFalse(os.path.exists(f"{self.share}/gone"))
+        self.assertIn("Permission denied", task.exec("touch", "/share/alices", options=as_alice()).err)
+        task.exec("chmod", "0777", "/share", code=0)
+        task.exec("touch", "/share/alices", options=as_alice(), code=0)
+        found = os.stat(f"{self.share}/alices")
+        self.assertEqual((found.st_uid, found.st_gid), (1000, 1000))
+
     def shell_with(self, *keys):
         """A shell in a container made with `mount_with`."""
         shell = self.terminal_container("sh", options=self.mount_with(*keys))
@@ -243,31 +265,12 @@ class Storage(Shared):
         self.assertEqual(task.exec("cat", "/share/file", code=0).out, "first")
         self.write("other")
         self.assertEqual(task.exec("cat", "/share/file", code=0).out, "other")
-        out = task.exec("sh", "-ec", """
-            cd /share
-            exec 3<>gone; rm gone; echo kept >&3; cat /proc/self/fd/3
-            mkdir folder; mv file folder/moved; ln -s moved folder/link; cat folder/link; echo
-            chown 1:2 folder/moved; chmod 4711 folder/moved; stat -c '%u %g %a' folder/moved
-            mkfifo fifo; stat -c %F fifo
-            dd if=/dev/urandom of=large bs=1M count=8 2>/dev/null; sync; sha256sum large
-            """, code=0).out.splitlines()
-        self.assertEqual(out[:4], ["kept", "other", "1 2 4711", "fifo"])
-        with open(f"{self.share}/large", "rb") as file:
-            self.assertEqual(out[4].split()[0], hashlib.sha256(file.read()).hexdigest())
-        found = os.stat(f"{self.share}/folder/moved")
-        self.assertEqual((found.st_uid, found.st_gid, found.st_mode & 0o7777), (1, 2, 0o4711))
-        self.assertFalse(os.path.exists(f"{self.share}/gone"))
+        self.use(task)
         path = os.fsencode(self.share)
         with open(path + b"/" + NAME, "wb"):
             pass
         task.exec("sh", "-c", "mv /share/*~ /share/folder", code=0)
         self.assertIn(NAME, os.listdir(path + b"/folder"))
-        by_alice = task.exec("touch", "/share/alices", options=as_alice())
-        self.assertIn("Permission denied", by_alice.err)
-        task.exec("chmod", "0777", "/share", code=0)
-        task.exec("touch", "/share/alices", options=as_alice(), code=0)
-        found = os.stat(f"{self.share}/alices")
-        self.assertEqual((found.st_uid, found.st_gid), (1000, 1000))
 
     def test_all_is_cached(self):
         self.write("first")
@@ -311,25 +314,7 @@ class Server(Shared):
         self.write("other")
         # Attributes are valid for a second.
         task.exec("sh", "-c", "until [ $(cat /share/file) = other ]; do sleep 0.1; done", code=0)
-        out = task.exec("sh", "-ec", """
-            cd /share
-            exec 3<>gone; rm gone; echo kept >&3; cat /proc/self/fd/3
-            mkdir folder; mv file folder/moved; ln -s moved folder/link; cat folder/link; echo
-            chown 1:2 folder/moved; chmod 4711 folder/moved; stat -c '%u %g %a' folder/moved
-            mkfifo fifo; stat -c %F fifo
-            dd if=/dev/urandom of=large bs=1M count=8 conv=fsync 2>/dev/null; sync; sha256sum large
-            """, code=0).out.splitlines()
-        self.assertEqual(out[:4], ["kept", "other", "1 2 4711", "fifo"])
-        with open(f"{self.share}/large", "rb") as file:
-            self.assertEqual(out[4].split()[0], hashlib.sha256(file.read()).hexdigest())
-        found = os.stat(f"{self.share}/folder/moved")
-        self.assertEqual((found.st_uid, found.st_gid, found.st_mode & 0o7777), (1, 2, 0o4711))
-        self.assertFalse(os.path.exists(f"{self.share}/gone"))
-        self.assertIn("Permission denied", task.exec("touch", "/share/alices", options=as_alice()).err)
-        task.exec("chmod", "0777", "/share", code=0)
-        task.exec("touch", "/share/alices", options=as_alice(), code=0)
-        found = os.stat(f"{self.share}/alices")
-        self.assertEqual((found.st_uid, found.st_gid), (1000, 1000))
+        self.use(task)
 
         def of(pid, name):
             with open(f"/proc/{pid}/{name}", encoding="ascii") as file:

@@ -212,10 +212,7 @@ fn close(point: &Path) {
         Err(error) => {
             tracing::warn!(%error, point = %point.display(), "a disk is not closed by its file system");
             // What was written is to be there nevertheless.
-            let synced = fs::File::open(point).and_then(|root| Ok(syncfs(&root)?));
-            if let Err(error) = synced {
-                tracing::warn!(%error, point = %point.display(), "a disk may lack what was written last");
-            }
+            sync(point);
         }
     }
     let unmounted = match umount2(point, MntFlags::MNT_DETACH) {
@@ -224,6 +221,14 @@ fn close(point: &Path) {
     };
     if let Err(error) = unmounted {
         tracing::warn!(%error, point = %point.display(), "a disk stays mounted");
+    }
+}
+
+/// Writes to its disk what the file system at `root` has been given. Waits for it.
+pub(crate) fn sync(root: &Path) {
+    let synced = fs::File::open(root).and_then(|root| Ok(syncfs(&root)?));
+    if let Err(error) = synced {
+        tracing::warn!(%error, point = %root.display(), "a disk may lack what was written last");
     }
 }
 

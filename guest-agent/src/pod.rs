@@ -16,12 +16,12 @@ use std::sync::{Mutex, PoisonError};
 
 use husk_protocol::{POD_NAMESPACES, POD_VOLUMES, agent};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::unistd::{Pid, syncfs};
+use nix::unistd::Pid;
 use oci_spec::runtime::Spec;
 use pathrs::Root;
 use pathrs::flags::OpenFlags;
 
-use crate::disks::{IMAGE_OPTIONS, blocking, mount_new};
+use crate::disks::{self, IMAGE_OPTIONS, blocking, mount_new};
 use crate::error::{During, Error, Result};
 
 /// The namespaces that containers of a pod may have in common. Network and cgroup root are the guest's.
@@ -143,15 +143,7 @@ impl Volumes {
             let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
             made.iter().map(|name| self.root.join(name)).collect()
         };
-        blocking(move || {
-            for root in roots {
-                let synced = File::open(&root).and_then(|root| Ok(syncfs(&root)?));
-                if let Err(error) = synced {
-                    tracing::warn!(%error, root = %root.display(), "a volume may lack what was written last");
-                }
-            }
-        })
-        .await;
+        blocking(move || roots.iter().for_each(|root| disks::sync(root))).await;
     }
 
     /// Finds the folders of volumes that the mounts of `spec` name, and makes those that are missing, as the host's
