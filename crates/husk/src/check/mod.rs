@@ -3,6 +3,7 @@
 
 mod boot;
 mod cpu;
+mod file_server;
 mod guest_files;
 mod kvm;
 mod report;
@@ -10,7 +11,7 @@ mod shim;
 
 use std::path::Path;
 
-use husk_config::{Config, DEFAULT_PATH};
+use husk_config::{Config, DEFAULT_PATH, Storage};
 
 pub(crate) use report::Report;
 use report::{Finding, Problem};
@@ -42,6 +43,13 @@ pub(crate) fn run(config: Option<&Path>) -> Report {
         None => ["kernel", "initramfs"]
             .map(|subject| Finding::skipped(subject, "the configuration says where it is")),
     });
+    let storage = configuration
+        .as_ref()
+        .ok()
+        .map(|(config, _)| config.storage());
+    if let Some(server) = storage.and_then(Storage::server) {
+        findings.push(Finding::new("file server", file_server::check(server)));
+    }
     let shim = shim::check(std::env::var_os("PATH").as_deref());
     findings.push(Finding::new(
         "shim",
@@ -73,5 +81,29 @@ fn configuration(path: Option<&Path>) -> Result<(Config, String), Problem> {
             &err,
             "The configuration reference in docs/ lists every key and its values.",
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{Permissions, set_permissions};
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
+    use std::process::Command;
+
+    /// Makes `path` a shell script. By another process: what another test starts meanwhile could inherit a file that is open
+    /// for writing, which nobody can run then.
+    pub(super) fn write_program(path: &Path, script: &str, mode: u32) {
+        let written = Command::new("/bin/sh")
+            .args([
+                "-c",
+                "printf '#!/bin/sh\n%s\n' \"$1\" >\"$2\"",
+                "sh",
+                script,
+            ])
+            .arg(path)
+            .status();
+        assert!(written.unwrap().success());
+        set_permissions(path, Permissions::from_mode(mode)).unwrap();
     }
 }

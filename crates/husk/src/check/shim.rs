@@ -60,30 +60,12 @@ fn version(text: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
+    use super::super::tests::write_program;
     use super::*;
-
-    fn fake_shim(folder: &Path, script: &str, mode: u32) {
-        let path = folder.join(BINARY);
-        // By another process: what another test starts meanwhile could inherit a file that is open for writing, which nobody can
-        // run then.
-        let written = Command::new("/bin/sh")
-            .args([
-                "-c",
-                "printf '#!/bin/sh\n%s\n' \"$1\" >\"$2\"",
-                "sh",
-                script,
-            ])
-            .arg(&path)
-            .status();
-        assert!(written.unwrap().success());
-        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-    }
 
     fn check_fake(script: &str, mode: u32) -> Result<(PathBuf, String), Problem> {
         let folder = tempfile::tempdir().unwrap();
-        fake_shim(folder.path(), script, mode);
+        write_program(&folder.path().join(BINARY), script, mode);
         check(Some(folder.path().as_os_str()))
     }
 
