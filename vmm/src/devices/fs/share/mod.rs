@@ -383,7 +383,7 @@ impl Share {
         let options = if flags.contains(OFlags::DIRECTORY) {
             self.folder_options()
         } else {
-            self.open_options(&file)
+            self.open_options(inode, &file)
         };
         let file = OpenFile::new(inode, file, anchor, self.host_flags(flags));
         self.open.add(handle, file);
@@ -391,18 +391,30 @@ impl Share {
     }
 
     /// How the guest's kernel is to treat an open file.
-    fn open_options(&self, file: &File) -> OpenOptions {
+    fn open_options(&self, inode: u64, file: &File) -> OpenOptions {
+        let is_silent = is_silent(file).unwrap_or(false);
         let cached = match self.cache {
-            // Its pages are dropped at an open after the file's time stamp has changed: close-to-open, like NFS.
+            // What was read before is good for as long as nobody has changed the file: close-to-open, like NFS.
+            CachePolicy::Auto if is_silent && self.is_as_read(inode, file) => {
+                OpenOptions::KEEP_CACHE
+            }
             CachePolicy::Auto => OpenOptions::empty(),
             CachePolicy::None => OpenOptions::DIRECT_IO,
             CachePolicy::Always => OpenOptions::KEEP_CACHE,
         };
-        if !is_silent(file).unwrap_or(false) {
+        if !is_silent {
             return cached;
         }
         // SAFETY: what the library does with options is to send their bits to the guest, which knows this one.
         unsafe { OpenOptions::from_bits_unchecked(cached.bits() | NO_FLUSH) }
+    }
+
+    /// Whether the node `inode`, which is open as `file`, is what the guest has read of it.
+    fn is_as_read(&self, inode: u64, file: &File) -> bool {
+        let changed = node::stat(file, c"")
+            .ok()
+            .and_then(|stat| node::changed(&stat));
+        self.nodes.is_as_read(inode, changed)
     }
 
     /// How the guest's kernel is to treat an open folder.

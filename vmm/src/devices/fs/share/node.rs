@@ -16,6 +16,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, SystemTime};
 
 use fuse_backend_rs::abi::fuse_abi::stat64;
 use fuse_backend_rs::api::filesystem::{Entry, ROOT_ID};
@@ -44,6 +45,9 @@ const MAX_OLDER: usize = 8;
 const RESOLVE: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_MAGICLINKS)
     .union(ResolveFlags::NO_SYMLINKS);
+
+/// Changes within less may have the same time: Linux takes that of the last tick, of which there are at least a hundred a second.
+const TICK: Duration = Duration::from_millis(20);
 
 /// What the guest may know of a file, and what tells it from others.
 const WANTED: StatxFlags = StatxFlags::BASIC_STATS
@@ -91,6 +95,9 @@ struct Node {
     older: Option<u64>,
     /// Whether the guest is told what others change here.
     watched: bool,
+    /// When the file had been changed last (st_ctime) at the last open: what the guest has read since is of then. `None` if
+    /// that does not tell, or it was never open.
+    read: Option<(i64, u32)>,
 }
 
 impl Node {
@@ -186,6 +193,14 @@ fn find_again(dir: impl AsFd, name: &CStr, identity: Identity) -> io::Result<Own
     }
 }
 
+/// When a file was changed last, if whatever changes it from now on gives it another time.
+pub(super) fn changed(stat: &Statx) -> Option<(i64, u32)> {
+    let at = stat.stx_ctime;
+    let since = Duration::new(u64::try_from(at.tv_sec).ok()?, at.tv_nsec);
+    let age = SystemTime::UNIX_EPOCH.elapsed().ok()?.checked_sub(since)?;
+    (age > TICK).then_some((at.tv_sec, at.tv_nsec))
+}
+
 /// As stat(2) has it.
 pub(super) fn stat64_of(stat: &Statx) -> stat64 {
     let mut attr = Entry::default().attr;
@@ -258,6 +273,7 @@ impl Nodes {
             kept: None,
             older: None,
             watched: false,
+            read: None,
         };
         table.nodes.insert(ROOT_ID, root);
         table.numbers.insert(identity, ROOT_ID);
@@ -320,6 +336,7 @@ impl Nodes {
             kept: None,
             older: None,
             watched,
+            read: None,
         };
         if let Some(watch) = &table.watch
             && node.is_news()
@@ -406,6 +423,17 @@ impl Nodes {
     /// S_IFMT of a file's mode.
     pub(super) fn kind(&self, number: u64) -> io::Result<u32> {
         Ok(self.lock().get(number)?.identity.kind)
+    }
+
+    /// Takes note that a file is opened that has been `changed` last at this time, if that tells. Returns whether it is still
+    /// what the guest has read of it.
+    pub(super) fn is_as_read(&self, number: u64, changed: Option<(i64, u32)>) -> bool {
+        let mut table = self.lock();
+        let Some(node) = table.nodes.get_mut(&number) else {
+            return false;
+        };
+        let before = std::mem::replace(&mut node.read, changed);
+        changed.is_some() && before == changed
     }
 
     /// A descriptor that stands for the file (O_PATH).

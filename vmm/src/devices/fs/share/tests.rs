@@ -5,6 +5,7 @@ use std::fs;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::PathBuf;
+use std::time::Instant;
 
 use fuse_backend_rs::abi::fuse_abi::CreateIn;
 use fuse_backend_rs::api::filesystem::{FileSystem, FsOptions};
@@ -506,4 +507,37 @@ fn names_of_watched_files_are_forgotten_with_them() {
     scene.share.forget(&ROOT, first, 2);
     scene.share.forget(&ROOT, folder, 1);
     assert_eq!(scene.share.nodes.names(), 0);
+}
+
+#[test]
+fn what_was_read_is_kept_until_the_file_changes() {
+    let folder = Folder::new();
+    folder.write("file");
+    let node = folder.walk("file");
+    let keeps = || {
+        let (_, options, _) = folder.share.open(&ROOT, node, 0, 0).unwrap();
+        options.contains(OpenOptions::KEEP_CACHE)
+    };
+    // While the file is so new that another change could have the same time, that does not tell.
+    let settles = || {
+        let begun = Instant::now();
+        while !keeps() {
+            assert!(begun.elapsed() < Duration::from_secs(10), "never kept");
+        }
+    };
+    assert!(!keeps(), "nothing was read");
+    settles();
+    assert!(keeps());
+    fs::write(folder.path("file"), "another").unwrap();
+    assert!(!keeps(), "the host has changed it");
+    settles();
+    // As whoever puts the times back.
+    let before = fs::metadata(folder.path("file")).unwrap();
+    fs::write(folder.path("file"), "like it").unwrap();
+    let file = fs::File::options()
+        .write(true)
+        .open(folder.path("file"))
+        .unwrap();
+    file.set_modified(before.modified().unwrap()).unwrap();
+    assert!(!keeps(), "the host has changed it behind its back");
 }
