@@ -9,9 +9,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
 use fuse_backend_rs::abi::fuse_abi::{
-    AttrOut, CreateIn, Dirent, EntryOut, GetattrIn, GetxattrIn, InHeader, InitIn, InitIn2, InitOut,
-    MkdirIn, MknodIn, Opcode, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, SetattrIn, SetxattrIn,
-    WriteIn, WriteOut,
+    AttrOut, CreateIn, Dirent, EntryOut, FallocateIn, GetattrIn, GetxattrIn, InHeader, InitIn,
+    InitIn2, InitOut, MkdirIn, MknodIn, Opcode, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn,
+    SetattrIn, SetxattrIn, WriteIn, WriteOut,
 };
 use fuse_backend_rs::api::filesystem::{FsOptions, ROOT_ID};
 use proptest::prelude::*;
@@ -963,7 +963,7 @@ fn indirect_chains_are_served() {
 mod newer {
     use super::*;
 
-    const COPY_FILE_RANGE: u32 = 47;
+    pub(super) const COPY_FILE_RANGE: u32 = 47;
     const SYNCFS: u32 = 50;
     const TMPFILE: u32 = 51;
     const STATX: u32 = 52;

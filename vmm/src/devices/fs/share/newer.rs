@@ -208,6 +208,7 @@ impl Share {
         let to = self.open.get(asked.fh_out, asked.nodeid_out)?;
         // The host refuses what is to be appended.
         let _as_wanted = to.appending(false)?;
+        self.about_to_grow(asked.nodeid_out, asked.off_out)?;
         let (mut read_at, mut write_at) = (asked.off_in, asked.off_out);
         let len = usize::try_from(asked.len.min(MAX_COPY)).expect("it was limited");
         let copied = rustix::fs::copy_file_range(

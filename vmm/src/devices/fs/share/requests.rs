@@ -488,9 +488,15 @@ impl FileSystem for Share {
     ) -> io::Result<()> {
         let file = self.open.get(handle, inode)?;
         let mode = FallocateFlags::from_bits(mode).ok_or(Errno::OPNOTSUPP)?;
-        rustix::fs::fallocate(file.file(), mode, offset, length)?;
+        let end = offset.saturating_add(length);
         if !mode.contains(FallocateFlags::KEEP_SIZE) {
-            self.written(inode, offset.saturating_add(length));
+            self.about_to_grow(inode, offset)?;
+        }
+        rustix::fs::fallocate(file.file(), mode, offset, length)?;
+        if mode.contains(FallocateFlags::PUNCH_HOLE) {
+            self.emptied(inode, offset, end)?;
+        } else if !mode.contains(FallocateFlags::KEEP_SIZE) {
+            self.written(inode, end);
         }
         Ok(())
     }

@@ -107,6 +107,21 @@ struct Table {
     filled: usize,
 }
 
+impl Table {
+    /// Sees to it that what is mapped of `file` to be written has its blocks from `from` to `to`, see [`reserve`].
+    fn reserve(&self, file: &Mapped, from: u64, to: u64) -> io::Result<()> {
+        for &index in &file.pieces {
+            if let Some(Some(piece)) = self.pieces.get(index)
+                && piece.writable
+            {
+                let to = to.min(piece.from + CHUNK);
+                reserve(&file.file, from.max(piece.from), to)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The window, and what is mapped there.
 pub(super) struct Window {
     memory: Arc<SharedMemory>,
@@ -471,15 +486,19 @@ impl Share {
         let Some(file) = table.files.get(&inode).filter(|file| file.size < end) else {
             return Ok(());
         };
-        for &index in &file.pieces {
-            if let Some(Some(piece)) = table.pieces.get(index)
-                && piece.writable
-            {
-                let to = end.min(piece.from + CHUNK);
-                reserve(&file.file, file.size.max(piece.from), to)?;
-            }
+        table.reserve(file, file.size, end)
+    }
+
+    /// The guest has made a hole from `from` to `to`: what is mapped there to be written gets its blocks again.
+    pub(super) fn emptied(&self, inode: u64, from: u64, to: u64) -> io::Result<()> {
+        let Some(window) = &self.window else {
+            return Ok(());
+        };
+        let table = window.lock();
+        match table.files.get(&inode) {
+            Some(file) => table.reserve(file, from, to.min(file.size)),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// The guest has opened a file to write to it.

@@ -12,6 +12,7 @@ use rustix::mount::{
 use rustix::thread::UnshareFlags;
 use vm_memory::GuestAddress;
 
+use super::newer::COPY_FILE_RANGE;
 use super::*;
 use crate::virtio::SharedMemory;
 
@@ -424,4 +425,45 @@ fn what_is_mapped_to_be_written_has_its_blocks() {
         blocks()
     );
     assert_eq!(file.metadata().unwrap().len(), 3 * CHUNK);
+}
+
+#[test]
+fn what_is_mapped_to_be_written_keeps_its_blocks() {
+    let (mut guest, window) = Guest::windowed();
+    let node = guest.file("file", 2 * CHUNK);
+    let other = guest.file("other", PAGE);
+    let file = guest.host("file");
+    let open = guest.open(node, libc::O_RDWR).unwrap();
+    let from = guest.open(other, libc::O_RDONLY).unwrap();
+    let fallocate = |guest: &mut Guest, mode: i32, offset, length| {
+        let body = FallocateIn {
+            fh: open.fh,
+            offset,
+            length,
+            mode: mode.cast_unsigned(),
+            padding: 0,
+        };
+        guest.ask(Opcode::Fallocate, node, body.as_slice(), 64)
+    };
+    let blocks = || file.metadata().unwrap().blocks() * 512;
+    let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    guest.map(node, 0, CHUNK, READ | WRITE, 0).unwrap();
+    fallocate(&mut guest, punch, CHUNK - 64 * PAGE, 128 * PAGE).unwrap();
+    assert_eq!(window.peek(CHUNK - 64 * PAGE), 0);
+    // Besides the file's there may be some for lists of them.
+    let gone = 32 * PAGE..=64 * PAGE;
+    assert!(gone.contains(&(2 * CHUNK - blocks())), "{}", blocks());
+
+    // What is written behind its end leaves a gap.
+    guest.set_size(node, PAGE).unwrap();
+    fallocate(&mut guest, 0, 3 * PAGE, PAGE).unwrap();
+    assert!(blocks() >= 4 * PAGE, "{}", blocks());
+    let asked = [from.fh, 0, node, open.fh, 7 * PAGE, PAGE, 0];
+    let body: Vec<u8> = asked.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let header = guest.header(COPY_FILE_RANGE, other, body.len());
+    guest
+        .ask_raw(&[header.as_slice(), &body], &[size_of::<OutHeader>(), 8])
+        .unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 8 * PAGE);
+    assert!(blocks() >= 8 * PAGE, "{}", blocks());
 }
