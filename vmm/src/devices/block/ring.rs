@@ -17,6 +17,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::thread;
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, types};
@@ -139,6 +140,8 @@ impl Engine for Ring {
                 Ok(0) => return Err(io::Error::from_raw_os_error(libc::EAGAIN)),
                 Ok(_) => {}
                 Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+                // The kernel has no memory for a request at the moment. It has waited for some already.
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => thread::yield_now(),
                 Err(err) => return Err(err),
             }
         }
