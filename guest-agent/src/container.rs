@@ -26,7 +26,7 @@ use tokio::task::JoinHandle;
 
 use crate::cgroup::Cgroup;
 use crate::devices::{self, Node};
-use crate::disks::{self, Disks};
+use crate::disks::{self, Disks, blocking};
 use crate::error::{During, Error, Result};
 use crate::launch::{Confinement, Identity, Launcher, Reports, Work};
 use crate::pod::{Mounts, Volumes};
@@ -58,7 +58,7 @@ pub(crate) struct Containers {
     share: OnceCell<()>,
     removed: Removed,
     sysfs: OnceCell<()>,
-    volumes: Volumes,
+    volumes: Arc<Volumes>,
     names: AtomicU64,
 }
 
@@ -137,7 +137,7 @@ impl Containers {
             share: OnceCell::new(),
             removed: Removed::default(),
             sysfs: OnceCell::new(),
-            volumes: Volumes::default(),
+            volumes: Arc::default(),
             names: AtomicU64::new(0),
         }
     }
@@ -192,8 +192,13 @@ impl Containers {
         }
         let disks = self.disk_nodes(creation.disk_devices).await?;
         let devices = self.volume_devices(creation.volumes).await?;
-        self.volumes.make(creation.volumes, &devices)?;
-        let folders = self.volumes.locate(&mut spec)?;
+        let (volumes, wanted) = (Arc::clone(&self.volumes), creation.volumes.to_vec());
+        let (spec, folders) = blocking(move || {
+            volumes.make(&wanted, &devices)?;
+            let folders = volumes.locate(&mut spec)?;
+            Ok::<_, Error>((spec, folders))
+        })
+        .await?;
         let prepared = if sandbox {
             make_sandbox_root(&spec)?;
             spec::prepare_sandbox(&spec, id, Path::new(SANDBOX_ROOT))?
@@ -405,7 +410,8 @@ impl Containers {
             return Err(error);
         }
         disks::unmount_root(id).await;
-        self.volumes.sync().await;
+        let volumes = Arc::clone(&self.volumes);
+        blocking(move || volumes.sync()).await;
         self.forget(id);
         self.removed.add(id);
         Ok(())

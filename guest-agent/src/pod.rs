@@ -21,7 +21,7 @@ use oci_spec::runtime::Spec;
 use pathrs::Root;
 use pathrs::flags::OpenFlags;
 
-use crate::disks::{self, IMAGE_OPTIONS, blocking, mount_new};
+use crate::disks::{self, IMAGE_OPTIONS, mount_new};
 use crate::error::{During, Error, Result};
 
 /// The namespaces that containers of a pod may have in common. Network and cgroup root are the guest's.
@@ -107,7 +107,7 @@ impl Volumes {
         }
     }
 
-    /// Makes those that are not there yet. `devices` are the disks that they name, by their serials.
+    /// Makes those that are not there yet. `devices` are the disks that they name, by their serials. Waits for these.
     pub(crate) fn make(
         &self,
         volumes: &[agent::Volume],
@@ -137,18 +137,17 @@ impl Volumes {
         Ok(())
     }
 
-    /// Brings what was written to the volumes to their disks.
-    pub(crate) async fn sync(&self) {
-        let roots: Vec<_> = {
-            let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-            made.iter().map(|name| self.root.join(name)).collect()
-        };
-        blocking(move || roots.iter().for_each(|root| disks::sync(root))).await;
+    /// Brings what was written to the volumes to their disks. Waits for these.
+    pub(crate) fn sync(&self) {
+        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        made.iter()
+            .for_each(|name| disks::sync(&self.root.join(name)));
     }
 
     /// Finds the folders of volumes that the mounts of `spec` name, and makes those that are missing, as the host's
     /// kubelet does for a `subPath` on the host. What containers have put into the volume must not lead out of it, now or
-    /// between this and the mount: a folder is resolved once, below the volume, and mounted where no container reaches.
+    /// between this and the mount: a folder is resolved once, below the volume, and mounted where no container reaches. Waits
+    /// for disks.
     pub(crate) fn locate(&self, spec: &mut Spec) -> Result<Mounts> {
         let mut mounts = Mounts::default();
         for mount in spec.mounts_mut().iter_mut().flatten() {
@@ -181,7 +180,7 @@ impl Volumes {
 }
 
 /// Mounts the disk of a volume, whose root is made as the volume says, unless it has been one before, in an earlier guest of the
-/// pod.
+/// pod. On failure it is not mounted.
 fn mount_disk(
     device: &Path,
     point: &Path,
@@ -189,14 +188,36 @@ fn mount_disk(
     volume: &agent::Volume,
 ) -> std::io::Result<()> {
     mount_new(device, point, "ext4", flags, IMAGE_OPTIONS)?;
-    let new = point.join("lost+found");
-    if new.is_dir() {
-        chown(point, Some(volume.uid), Some(volume.gid))?;
-        fs::set_permissions(point, Permissions::from_mode(volume.mode))?;
+    make_root(point, volume).inspect_err(|_| {
+        if let Err(error) = umount2(point, MntFlags::MNT_DETACH) {
+            tracing::warn!(%error, point = %point.display(), "a volume stays mounted");
+        }
+    })
+}
+
+/// What a new file system has in it.
+const NEW: &str = "lost+found";
+
+fn make_root(root: &Path, volume: &agent::Volume) -> std::io::Result<()> {
+    if is_new(root)? {
+        chown(root, Some(volume.uid), Some(volume.gid))?;
+        fs::set_permissions(root, Permissions::from_mode(volume.mode))?;
         // A new volume has nothing in it. From now on, what its containers do to its root stays.
-        fs::remove_dir(new)?;
+        fs::remove_dir(root.join(NEW))?;
     }
     Ok(())
+}
+
+/// Whether nobody has used the file system yet: a container may have made a folder of that name, too, or a link.
+fn is_new(root: &Path) -> std::io::Result<bool> {
+    for entry in fs::read_dir(root)? {
+        let entry = entry?;
+        if entry.file_name() != NEW || !entry.file_type()?.is_dir() {
+            return Ok(false);
+        }
+    }
+    let new = root.join(NEW);
+    Ok(new.is_dir() && fs::read_dir(new)?.next().is_none())
 }
 
 /// Opens the folder `path` of a volume, as a container would resolve it; makes it if it is missing, open to the same as
@@ -311,5 +332,40 @@ mod tests {
         let found = folder_in(volume.path(), Path::new("link")).expect("resolved as in a root");
         let inside = fs::metadata(volume.path().join("etc")).expect("it is there");
         assert_eq!(found.metadata().expect("open").ino(), inside.ino());
+    }
+    #[test]
+    fn file_system_that_somebody_has_used_is_not_new() {
+        let root = tempfile::tempdir().expect("a folder");
+        let volume = agent::Volume {
+            mode: 0o2775,
+            uid: nix::unistd::getuid().as_raw(),
+            gid: nix::unistd::getgid().as_raw(),
+            ..Default::default()
+        };
+        let look = || {
+            make_root(root.path(), &volume).expect("it can be made");
+            let mode = fs::metadata(root.path()).expect("it is there").mode() & 0o7777;
+            let names = fs::read_dir(root.path()).expect("it is there").count();
+            (mode, names)
+        };
+        let mode = |mode| {
+            let mode = Permissions::from_mode(mode);
+            fs::set_permissions(root.path(), mode).expect("ours");
+        };
+        mode(0o700);
+        assert_eq!(look(), (0o700, 0), "without a folder of a new one");
+        fs::create_dir(root.path().join(NEW)).expect("a folder");
+        assert_eq!(look(), (0o2775, 0));
+        // What containers have made.
+        mode(0o700);
+        fs::create_dir_all(root.path().join(NEW).join("found")).expect("a folder");
+        assert_eq!(look(), (0o700, 1));
+        fs::remove_dir(root.path().join(NEW).join("found")).expect("empty");
+        fs::write(root.path().join("file"), "").expect("a file");
+        assert_eq!(look(), (0o700, 2));
+        fs::remove_file(root.path().join("file")).expect("a file");
+        fs::remove_dir(root.path().join(NEW)).expect("empty");
+        symlink("/", root.path().join(NEW)).expect("a link");
+        assert_eq!(look(), (0o700, 1));
     }
 }
