@@ -7,13 +7,7 @@ import subprocess
 import tempfile
 
 import api
-from harness import Case, enable_blockfile, enable_erofs, since
-
-
-def flushes(device):
-    """How often a disk was told to make durable what was written to it."""
-    with open(f"/sys/block/{os.path.basename(device)}/stat", encoding="ascii") as file:
-        return int(file.read().split()[15])
+from harness import Case, enable_blockfile, enable_erofs, flushes, since
 
 
 class Rootfs(Case):

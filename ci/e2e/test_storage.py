@@ -6,7 +6,8 @@ import resource
 import shutil
 import signal
 
-from harness import CONTAINERD_LOG, Case, as_alice, children, processes, remove_fifos_of_ctr, roots_are_disks, wait_until
+from harness import (CONTAINERD_LOG, Case, as_alice, children, flushes, processes, remove_fifos_of_ctr, roots_are_disks,
+                     wait_until)
 
 # Of 255 bytes, with every byte that a name may have, and many that are no UTF-8.
 NAME = bytes(byte for byte in range(256) if byte not in b"\0/").ljust(255, b"~")
@@ -123,6 +124,25 @@ class Storage(Shared):
         self.assertIn("Disk quota exceeded", full.err)
         task.exec("sh", "-c", "rm /share/alices/large && echo room >/share/alices/small && sync",
                   options=as_alice(), code=0)
+
+    def test_fsync_reaches_the_disk(self):
+        self.mount_disk(self.share, "64M")
+        device = self.command("findmnt", "-n", "-o", "SOURCE", self.share, code=0).out
+        kinds = ["", 'sharing = "9p"', "writeback = true"] if self.runtime == "husk" else [None]
+        for kind in kinds:
+            with self.subTest(kind):
+                task = self.start(options=self.mount() if kind is None else self.mount_with(kind))
+
+                def asked(*command):
+                    before = flushes(device)
+                    task.exec("sh", "-c", "cd /share; for n in 1 2 3 4 5 6 7 8 9 10; do " + " ".join(command) + "; done", code=0)
+                    return flushes(device) - before
+
+                self.assertLess(asked("echo $n >$n"), 10, "nobody asks for it")
+                self.assertGreaterEqual(asked("echo $n | dd of=$n conv=fsync 2>&-"), 10)
+                if "9p" not in (kind or ""):
+                    # Of which Linux's client tells nobody.
+                    self.assertGreaterEqual(asked("echo $n >$n; sync -f $n"), 10)
 
     def test_a_read_only_disk(self):
         self.mount_disk(self.share, "16M", "ro")

@@ -1047,7 +1047,6 @@ mod newer {
     fn file_system_is_synced_and_what_is_not_one_is_not() {
         let mut guest = Guest::mounted();
         ask(&mut guest, SYNCFS, ROOT_ID, &[0; 8], 0).unwrap();
-        assert_eq!(ask(&mut guest, SYNCFS, 77, &[0; 8], 0), Err(libc::ESTALE));
     }
 
     #[test]

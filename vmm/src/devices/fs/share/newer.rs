@@ -105,7 +105,7 @@ impl Share {
         let ctx = Context::from(header);
         Some(match header.opcode {
             COPY_FILE_RANGE => read(body).and_then(|asked| self.copy_range(header.nodeid, &asked)),
-            SYNCFS => self.sync_fs(header.nodeid).map(|()| Vec::new()),
+            SYNCFS => self.sync_all().map(|()| Vec::new()),
             // A name follows, which is nobody's.
             TMPFILE => read(body).and_then(|asked| self.make_unnamed(&ctx, header.nodeid, &asked)),
             GETATTR if self.window.is_some() => {
@@ -222,6 +222,20 @@ impl Share {
         let copied = u32::try_from(copied).expect("no more than was asked for");
         // fuse_write_out.
         Ok([copied.to_le_bytes(), [0; 4]].concat())
+    }
+
+    /// Makes all of the host's file systems durable of which the guest knows something: to its kernel they are one, and it
+    /// names the root.
+    fn sync_all(&self) -> io::Result<()> {
+        let mut synced = Ok(());
+        for node in self.nodes.tops() {
+            match self.sync_fs(node) {
+                // The host has taken it away, or it is no file or folder.
+                Err(err) if matches!(err.raw_os_error(), Some(libc::ESTALE | libc::EBADF)) => {}
+                done => synced = synced.and(done),
+            }
+        }
+        synced
     }
 
     /// Makes all of the file system durable that the node is on.

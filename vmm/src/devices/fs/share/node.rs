@@ -425,6 +425,20 @@ impl Nodes {
         Ok(self.lock().get(number)?.identity.kind)
     }
 
+    /// The root, and what the guest knows of that is mounted below it.
+    pub(super) fn tops(&self) -> Vec<u64> {
+        let table = self.lock();
+        let is_top = |node: &Node| {
+            let parent = table.nodes.get(&node.parent);
+            parent.is_none_or(|parent| parent.identity.mount != node.identity.mount)
+        };
+        let nodes = table.nodes.iter();
+        nodes
+            .filter(|(_, node)| is_top(node))
+            .map(|(&number, _)| number)
+            .collect()
+    }
+
     /// Takes note that a file is opened that has been `changed` last at this time, if that tells. Returns whether it is still
     /// what the guest has read of it.
     pub(super) fn is_as_read(&self, number: u64, changed: Option<(i64, u32)>) -> bool {

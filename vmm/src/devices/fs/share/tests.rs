@@ -541,3 +541,42 @@ fn what_was_read_is_kept_until_the_file_changes() {
     file.set_modified(before.modified().unwrap()).unwrap();
     assert!(!keeps(), "the host has changed it behind its back");
 }
+
+#[test]
+fn ten_thousand_files_are_open_at_once() {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    rustix::process::setrlimit(Resource::Nofile, limit).unwrap();
+    // Each takes two descriptors, and other tests some more.
+    let most = limit
+        .maximum
+        .map_or(usize::MAX, |most| usize::try_from(most).unwrap());
+    let count = 10_000.min(most / 2 - 1_000);
+    let limits = Limits {
+        used: count,
+        recent: NonZeroUsize::MIN,
+    };
+    let folder = Folder::with(CachePolicy::Auto, Some(limits));
+    let handles: Vec<_> = (0..count)
+        .map(|number| {
+            let name = number.to_string();
+            fs::write(folder.path(&name), &name).unwrap();
+            let node = folder.walk(&name);
+            (node, folder.open(node, libc::O_RDONLY).unwrap(), name)
+        })
+        .collect();
+    assert_eq!(folder.share.open_files(), count);
+    let refused = folder.open(handles[0].0, libc::O_RDONLY).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::ENFILE));
+    for (node, handle, name) in handles {
+        // By what is open, whatever has become of the name.
+        fs::remove_file(folder.path(&name)).unwrap();
+        let (attr, _) = folder.share.getattr(&ROOT, node, Some(handle)).unwrap();
+        assert_eq!(attr.st_size, i64::try_from(name.len()).unwrap());
+        folder
+            .share
+            .release(&ROOT, node, 0, handle, false, false, None)
+            .unwrap();
+    }
+    assert_eq!(folder.share.open_files(), 0);
+}
