@@ -167,7 +167,7 @@ class Pods(PodCase):
         container = pod.start(mounts=[{"host_path": volume, "container_path": "/data"}])
         container.exec("sh", "-c", "echo early >/data/early; sync", code=0)
         full = container.exec("dd", "if=/dev/urandom", "of=/data/file", "bs=1M", "count=64", "conv=fsync")
-        self.assertIn("I/O error", full.err)
+        self.assertIn("Input/output error", full.err)
         # It is only the volume that fails.
         self.assertEqual(container.output_of("cat", "/data/early"), "early")
         container.exec("sh", "-c", "echo fine >/root/file; sync /root/file", code=0)

@@ -63,7 +63,7 @@ impl RootLayers {
         if mount.type_ != "overlay" || !is_whole_root(mount) {
             return Ok(None);
         }
-        let Some(overlay) = Overlay::parse(&mount.options) else {
+        let Some(overlay) = Overlay::parse(&mount.options).filter(Overlay::has_images) else {
             return Ok(None);
         };
         // What a container has written to its image is not to be had in another way.
@@ -132,6 +132,13 @@ impl Overlay {
             }
         }
         (!overlay.lower.is_empty()).then_some(overlay)
+    }
+
+    /// Whether there is an image beside any of the lower folders. Other snapshotters have none, whatever a container of theirs
+    /// writes.
+    fn has_images(&self) -> bool {
+        let mut images = self.lower.iter().map(|folder| folder.with_file_name(LAYER));
+        images.any(|image| image.exists())
     }
 
     /// The images that are mounted at the lower folders, if all are.
@@ -216,8 +223,12 @@ mod tests {
         assert_eq!(slots.available_permits(), SLOTS);
         // What a container has written before is not passed over.
         image::make(&upper, Some(0)).unwrap();
-        let err = RootLayers::of(&[mount], &slots).unwrap_err().chain();
+        let err = RootLayers::of(std::slice::from_ref(&mount), &slots).unwrap_err();
+        let err = err.chain();
         assert!(err.contains("they are no EROFS images"), "{err}");
+        // Of another snapshotter, a file of that name is a container's own.
+        std::fs::remove_file(layer.with_file_name(LAYER)).unwrap();
+        assert!(RootLayers::of(&[mount], &slots).unwrap().is_none());
     }
 
     #[test]
