@@ -118,12 +118,18 @@ class Storage(Shared):
 
     def test_a_quota_where_the_guest_keeps_what_is_written(self):
         self.mount_quotas()
-        task = self.start(options=self.mount_with("writeback = true"))
-        full = task.exec("dd", "if=/dev/zero", "of=/share/alices/large", "bs=64k", "count=32", "conv=fsync",
-                         options=as_alice(), code=1)
-        self.assertIn("Disk quota exceeded", full.err)
-        task.exec("sh", "-c", "rm /share/alices/large && echo room >/share/alices/small && sync",
-                  options=as_alice(), code=0)
+        nine = 'sharing = "9p"'
+        for keys in (["writeback = true"], [nine], [nine, 'cache = "always"']):
+            options = self.mount_with(*keys)
+            with self.subTest(keys):
+                task = self.start(options=options)
+                # There is room for all but the end of the last write.
+                full = task.exec("dd", "if=/dev/urandom", "of=/share/alices/large", "bs=64k", "count=16", "conv=fsync",
+                                 options=as_alice(), code=1)
+                self.assertIn("Disk quota exceeded", full.err)
+                self.assertNotIn("error writing", full.err)
+                task.exec("sh", "-c", "rm /share/alices/large && echo room >/share/alices/small && sync",
+                          options=as_alice(), code=0)
 
     def test_fsync_reaches_the_disk(self):
         self.mount_disk(self.share, "64M")

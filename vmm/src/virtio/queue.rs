@@ -472,6 +472,11 @@ impl<'m> Segments<'m> {
         front
     }
 
+    fn append(&mut self, other: Self) {
+        self.len += other.len;
+        self.slices.extend(other.slices);
+    }
+
     /// Iovecs over everything. They point into guest memory that `'m` keeps mapped.
     fn iovecs(&self) -> impl Iterator<Item = libc::iovec> {
         self.slices.iter().map(|slice| libc::iovec {
@@ -571,6 +576,11 @@ impl<'m> Readable<'m> {
     /// The pieces of guest memory that it is made of.
     pub fn pieces(&self) -> impl Iterator<Item = &VolatileSlice<'m>> {
         self.0.slices.iter()
+    }
+
+    /// Appends other data behind this.
+    pub fn append(&mut self, other: Self) {
+        self.0.append(other.0);
     }
 
     /// What is left, for a system call that reads it later.
@@ -677,8 +687,7 @@ impl<'m> Writable<'m> {
 
     /// Appends the room of another chain behind this one's.
     pub fn append(&mut self, other: Self) {
-        self.0.len += other.0.len;
-        self.0.slices.extend(other.0.slices);
+        self.0.append(other.0);
     }
 
     /// Copies in as much of `bytes` as there is room for.

@@ -11,10 +11,14 @@ use std::path::Path;
 use fuse_backend_rs::abi::fuse_abi::{
     AttrOut, CreateIn, Dirent, EntryOut, FallocateIn, GetattrIn, GetxattrIn, InHeader, InitIn,
     InitIn2, InitOut, MkdirIn, MknodIn, Opcode, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn,
-    SetattrIn, SetxattrIn, WriteIn, WriteOut,
+    SetattrIn, SetxattrIn, WRITE_CACHE, WriteIn, WriteOut,
 };
 use fuse_backend_rs::api::filesystem::{FsOptions, ROOT_ID};
 use proptest::prelude::*;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
+};
+use rustix::thread::UnshareFlags;
 use tempfile::TempDir;
 use vm_memory::ByteValued;
 
@@ -175,10 +179,22 @@ impl Guest {
     }
 
     fn write(&mut self, node: u64, fh: u64, offset: u64, bytes: &[u8]) -> Result<u32, i32> {
+        self.write_with(node, fh, offset, bytes, 0)
+    }
+
+    fn write_with(
+        &mut self,
+        node: u64,
+        fh: u64,
+        offset: u64,
+        bytes: &[u8],
+        fuse_flags: u32,
+    ) -> Result<u32, i32> {
         let body = WriteIn {
             fh,
             offset,
             size: u32::try_from(bytes.len()).unwrap(),
+            fuse_flags,
             flags: FLAGS.cast_unsigned(),
             ..WriteIn::default()
         };
@@ -227,7 +243,7 @@ fn say_skipped(reason: &str) {
 fn without_root() -> bool {
     let without = !rustix::process::geteuid().is_root();
     if without {
-        say_skipped("not root, and so no files of other users can be made");
+        say_skipped("not root, and so no files of other users can be made, and nothing mounted");
     }
     without
 }
@@ -345,6 +361,38 @@ fn pages_written_back_go_where_they_belong_and_may_be_read_before() {
     let body = [body.as_slice(), b"xx"].concat();
     guest.ask(Opcode::Write, node, &body, 64).unwrap();
     assert_eq!(fs::read(guest.path("file")).unwrap(), b"0123xx6789");
+}
+
+#[test]
+fn pages_for_which_there_is_no_room_are_an_error_and_no_short_write() {
+    if without_root() {
+        return;
+    }
+    // In a mount namespace of its own.
+    let test = std::thread::spawn(|| {
+        // SAFETY: asks for no descriptor table of its own (CLONE_FILES), which is what could be unsound.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        mount_change("/", private).unwrap();
+        let mut guest = Guest::mounted();
+        let below = guest.path("below");
+        fs::create_dir(&below).unwrap();
+        mount("none", &below, "tmpfs", MountFlags::empty(), c"size=64k").unwrap();
+        fs::write(below.join("file"), "").unwrap();
+        fs::write(below.join("rest"), [0; 14 * 4096]).unwrap();
+        let folder = guest.lookup(ROOT_ID, "below").unwrap().nodeid;
+        let node = guest.lookup(folder, "file").unwrap().nodeid;
+        let fh = guest.open(node, FLAGS).unwrap().fh;
+        let data = [7; 3 * 4096];
+        let kept = guest.write_with(node, fh, 0, &data, WRITE_CACHE);
+        assert_eq!(kept, Err(libc::ENOSPC));
+        // Two pages are there.
+        assert_eq!(guest.write(node, fh, 0, &data), Ok(2 * 4096));
+        let kept = guest.write_with(node, fh, 0, &data[..8000], WRITE_CACHE);
+        assert_eq!(kept, Ok(8000));
+        unmount(&below, UnmountFlags::DETACH).unwrap();
+    });
+    test.join().unwrap();
 }
 
 #[test]

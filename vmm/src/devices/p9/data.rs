@@ -24,12 +24,16 @@ impl ZeroCopyReader for Data<'_, '_> {
         count: usize,
         offset: u64,
     ) -> io::Result<usize> {
-        let data = self.0.take(count);
+        let mut data = self.0.take(count);
         let slices: Vec<_> = data
             .pieces()
             .map(FileVolatileSlice::from_volatile_slice)
             .collect();
-        file.write_vectored_at_volatile(&slices, offset)
+        let written = file.write_vectored_at_volatile(&slices, offset)?;
+        data.take(written);
+        data.append(std::mem::take(self.0));
+        *self.0 = data;
+        Ok(written)
     }
 }
 

@@ -453,7 +453,8 @@ impl Server {
                 count,
                 offset,
                 None,
-                false,
+                // What the client has kept looks like what it has not.
+                true,
                 open.flags,
                 0,
             )?,

@@ -14,6 +14,7 @@ use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
     ROOT_ID, SetattrValid, ZeroCopyReader, ZeroCopyWriter,
 };
+use fuse_backend_rs::common::file_traits::FileReadWriteVolatile;
 use rustix::buffer::spare_capacity;
 use rustix::fs::{
     AtFlags, FallocateFlags, FileType, OFlags, RenameFlags, SeekFrom, Timespec, Timestamps,
@@ -433,7 +434,14 @@ impl FileSystem for Share {
             && !self.writeback.load(Ordering::Relaxed);
         let _as_wanted = file.appending(append)?;
         self.about_to_grow(inode, offset)?;
-        let mut write = || r.read_to(&mut *file.borrowed(), size, offset);
+        let mut write = || {
+            let mut file = file.borrowed();
+            if delayed_write {
+                write_whole(r, &mut *file, size, offset)
+            } else {
+                r.read_to(&mut *file, size, offset)
+            }
+        };
         let written = if fuse_flags & WRITE_KILL_PRIV != 0 && has_bits_to_lose(file.file())? {
             without_setgid_right(write)?
         } else {
@@ -647,6 +655,27 @@ impl FileSystem for Share {
     fn fsyncdir(&self, ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {
         self.fsync(ctx, inode, datasync, handle)
     }
+}
+
+/// Writes all that there is, or fails, be there a part that is written. A guest that writes what it has kept makes nothing of
+/// a part. Linux's FUSE does not look at how much it was. Its 9P client (6.12) asks for the rest, and if that fails asks once
+/// more: for the rest, but at the place where the part began, over that; then it takes all for written.
+fn write_whole(
+    data: &mut dyn ZeroCopyReader,
+    file: &mut dyn FileReadWriteVolatile,
+    size: usize,
+    offset: u64,
+) -> io::Result<usize> {
+    let mut written = 0;
+    while written < size {
+        let at = offset.saturating_add(written as u64);
+        match data.read_to(file, size - written, at)? {
+            // There is less than was said.
+            0 => break,
+            more => written += more,
+        }
+    }
+    Ok(written)
 }
 
 fn dir_entry(entry: &FolderEntry) -> DirEntry<'_> {

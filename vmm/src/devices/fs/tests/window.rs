@@ -5,11 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::mount::{
-    MountFlags, MountPropagationFlags, UnmountFlags, mount_bind, mount_change, mount_remount,
-    unmount,
-};
-use rustix::thread::UnshareFlags;
+use rustix::mount::{mount_bind, mount_remount};
 use vm_memory::GuestAddress;
 
 use super::newer::COPY_FILE_RANGE;
