@@ -10,6 +10,7 @@ use fuse_backend_rs::abi::fuse_abi::stat64;
 use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem};
 use rustix::io::Errno;
 
+use super::failures::Heard;
 use super::message::Qid;
 use super::translate::{qid_kind, version_of};
 use crate::devices::fs::Share;
@@ -84,6 +85,7 @@ pub(super) struct OpenFile {
     pub(super) handle: u64,
     /// As at the open: the share gives the host's file other ones where a request has others.
     pub(super) flags: u32,
+    pub(super) heard: Heard,
 }
 
 impl Drop for OpenFile {
@@ -92,6 +94,7 @@ impl Drop for OpenFile {
             node,
             handle,
             flags,
+            ..
         } = self;
         let (share, number) = (&node.share, node.number);
         let closed = if node.is_dir() {

@@ -6,6 +6,7 @@
 
 mod data;
 mod device;
+mod failures;
 mod fid;
 mod message;
 mod metrics;

@@ -20,6 +20,7 @@ use fuse_backend_rs::api::filesystem::{
 use rustix::io::Errno;
 
 use super::data::{Data, Room};
+use super::failures::Failures;
 use super::fid::{Fid, NewValue, Node, OpenFile, SERVER, State};
 use super::message::{Answer, Attributes, HEADER_LEN, NONE, Qid, Request};
 use super::translate::{open_flags, qid_kind, to_fuse};
@@ -75,6 +76,7 @@ pub(super) struct Server {
     fids: HashMap<u32, Fid>,
     /// How many of them hold the value of an extended attribute.
     values: usize,
+    failures: Failures,
 }
 
 impl Server {
@@ -84,6 +86,7 @@ impl Server {
             msize: 0,
             fids: HashMap::new(),
             values: 0,
+            failures: Failures::new(),
         }
     }
 
@@ -131,6 +134,7 @@ impl Server {
     pub(super) fn reset(&mut self) {
         self.fids.clear();
         self.values = 0;
+        self.failures.clear();
         if self.msize != 0 {
             self.msize = 0;
             self.share.destroy();
@@ -382,8 +386,7 @@ impl Server {
     }
 
     fn open(&mut self, fid: u32, flags: u32) -> io::Result<Answer> {
-        let file = self.closed(fid)?;
-        let node = Arc::clone(&file.node);
+        let node = Arc::clone(&self.closed(fid)?.node);
         let flags = open_flags(flags);
         let handle = if node.is_dir() {
             node.share.opendir(&SERVER, node.number, flags)?.0
@@ -394,23 +397,27 @@ impl Server {
             node: Arc::clone(&node),
             handle: handle.ok_or(Errno::IO)?,
             flags,
+            heard: self.failures.heard(node.number),
         };
         let qid = node.qid(&node.attributes()?);
-        file.state = State::Open(open);
+        self.closed(fid)?.state = State::Open(open);
         Ok(opened(qid))
     }
 
     /// Makes a file, for which the fid of its folder stands from then on.
     fn create(&mut self, fid: u32, name: &CStr, args: CreateIn, gid: u32) -> io::Result<Answer> {
         let share = Arc::clone(&self.share);
-        let file = self.closed(fid)?;
-        let ctx = maker(file.user, gid);
-        let (entry, handle, ..) = share.create(&ctx, file.node.number, name, args)?;
+        let dir = self.closed(fid)?;
+        let ctx = maker(dir.user, gid);
+        let (entry, handle, ..) = share.create(&ctx, dir.node.number, name, args)?;
         let node = Arc::new(Node::new(&share, &entry));
+        let heard = self.failures.heard(node.number);
+        let file = self.closed(fid)?;
         file.state = State::Open(OpenFile {
             node: Arc::clone(&node),
             handle: handle.ok_or(Errno::IO)?,
             flags: args.flags,
+            heard,
         });
         let qid = node.qid(&entry.attr);
         file.node = node;
@@ -445,19 +452,15 @@ impl Server {
         let file = self.fids.get_mut(&fid).ok_or(Errno::BADF)?;
         let written = match &mut file.state {
             State::NewValue(new) => new.write(offset, data)?,
-            State::Open(open) => file.node.share.write(
-                &SERVER,
-                open.node.number,
-                open.handle,
-                &mut Data(data),
-                count,
-                offset,
-                None,
+            State::Open(open) => {
+                let (number, handle, mut data) = (open.node.number, open.handle, Data(data));
                 // What the client has kept looks like what it has not.
-                true,
-                open.flags,
-                0,
-            )?,
+                let kept = true;
+                let written = self.share.write(
+                    &SERVER, number, handle, &mut data, count, offset, None, kept, open.flags, 0,
+                );
+                written.inspect_err(|err| self.failures.add(number, err))?
+            }
             State::Closed | State::Value(_) => return Err(Errno::BADF.into()),
         };
         let written = u32::try_from(written).expect("at most what there was");
@@ -567,14 +570,18 @@ impl Server {
             .u32(narrow(stat.f_namemax)))
     }
 
-    fn fsync(&self, fid: u32, data_only: bool) -> io::Result<()> {
-        let OpenFile { node, handle, .. } = self.opened(fid)?;
-        if node.is_dir() {
-            self.share
-                .fsyncdir(&SERVER, node.number, data_only, *handle)
-        } else {
-            self.share.fsync(&SERVER, node.number, data_only, *handle)
+    /// Also tells of writes of the file that have failed, by whatever fid.
+    fn fsync(&mut self, fid: u32, data_only: bool) -> io::Result<()> {
+        let file = self.fids.get_mut(&fid).ok_or(Errno::BADF)?;
+        let State::Open(open) = &mut file.state else {
+            return Err(Errno::BADF.into());
+        };
+        let (number, handle) = (open.node.number, open.handle);
+        if open.node.is_dir() {
+            return self.share.fsyncdir(&SERVER, number, data_only, handle);
         }
+        self.share.fsync(&SERVER, number, data_only, handle)?;
+        self.failures.tell(number, &mut open.heard)
     }
 
     fn attribute_walk(

@@ -8,6 +8,10 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, symlink};
 use std::path::PathBuf;
 
 use proptest::prelude::*;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
+};
+use rustix::thread::UnshareFlags;
 use tempfile::TempDir;
 
 use super::message::{Answer as Body, HEADER_LEN, NONE};
@@ -179,6 +183,10 @@ impl Guest {
         let count = u32::try_from(data.len()).unwrap();
         let answer = self.ask(WRITE, &fid(file).u64(offset).u32(count).bytes(data))?;
         Ok(u32_at(&answer, 0))
+    }
+
+    fn sync(&mut self, file: u32) -> Answer {
+        self.ask(FSYNC, &fid(file).u32(0))
     }
 
     fn clunk(&mut self, file: u32) -> Answer {
@@ -428,14 +436,19 @@ fn attributes_are_told_and_set() {
     assert_eq!((told.len(), u32_at(&told, 56)), (60, 255));
 }
 
+/// Says so, if it is so.
+fn without_root(what: &str) -> bool {
+    let without = !rustix::process::geteuid().is_root();
+    if without {
+        // Not by eprintln!, whose output is only shown for a test that fails.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: not root, and so {what}");
+    }
+    without
+}
+
 #[test]
 fn files_are_their_makers() {
-    if !rustix::process::geteuid().is_root() {
-        // Not by eprintln!, whose output is only shown for a test that fails.
-        let _ = writeln!(
-            std::io::stderr(),
-            "SKIPPED: not root, and so no files of other users can be made"
-        );
+    if without_root("no files of other users can be made") {
         return;
     }
     let mut guest = Guest::attached();
@@ -704,6 +717,77 @@ fn writes_of_a_device_reach_the_hosts_file_at_their_place() {
     guest.open_at(1, "file", 1 | 0o2000);
     guest.write(1, 2, b"xx").unwrap();
     assert_eq!(fs::read(guest.path("file")).unwrap(), b"01xx456789");
+}
+
+#[test]
+fn a_sync_tells_what_a_write_by_another_fid_failed_with() {
+    let mut guest = Guest::attached();
+    guest.create(1, b"file").unwrap();
+    guest.create(2, b"other").unwrap();
+    guest.open_at(3, "file", 0);
+    guest.open_at(4, "file", RDWR);
+    // Where no file can end.
+    let far = i64::MAX.cast_unsigned();
+    let errno = guest.write(4, far, b"some words").unwrap_err();
+    guest.sync(2).unwrap();
+    for file in [3, 1, 4] {
+        assert_eq!(guest.sync(file), Err(errno), "{file}");
+        guest.sync(file).unwrap();
+    }
+    // By one who opens it later, if by nobody else.
+    guest.write(4, far, b"some words").unwrap_err();
+    for expected in [Err(errno), Ok(Vec::new())] {
+        guest.open_at(5, "file", 0);
+        assert_eq!(guest.sync(5), expected);
+        guest.clunk(5).unwrap();
+    }
+    guest.walk(ROOT, 5, &[]).unwrap();
+    guest.open(5, 0).unwrap();
+    guest.sync(5).unwrap();
+}
+
+#[test]
+fn a_file_that_is_made_anew_has_not_failed() {
+    let mut guest = Guest::attached();
+    guest.create(1, b"file").unwrap();
+    guest.write(1, i64::MAX.cast_unsigned(), b"x").unwrap_err();
+    guest.unlink(b"file", 0).unwrap();
+    guest.clunk(1).unwrap();
+    guest.create(1, b"file").unwrap();
+    guest.sync(1).unwrap();
+}
+
+#[test]
+fn a_write_for_which_there_is_no_room_fails_as_a_whole() {
+    if without_root("no file system can be mounted that is full") {
+        return;
+    }
+    // In a mount namespace of its own.
+    let test = std::thread::spawn(|| {
+        // SAFETY: asks for no descriptor table of its own (CLONE_FILES), which is what could be unsound.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        mount_change("/", private).unwrap();
+        let mut guest = Guest::attached();
+        let below = guest.path("below");
+        fs::create_dir(&below).unwrap();
+        mount("none", &below, "tmpfs", MountFlags::empty(), c"size=64k").unwrap();
+        fs::write(below.join("file"), "content").unwrap();
+        guest.open_at(1, "below", 0o200_000);
+        guest.walk(ROOT, 2, &[b"below", b"file"]).unwrap();
+        guest.open(2, RDWR).unwrap();
+        let data = [7; 8000];
+        assert_eq!(guest.write(2, 0, &data).unwrap(), 8000);
+        fs::write(below.join("rest"), [0; 13 * 4096]).unwrap();
+        // One page is left.
+        assert_eq!(guest.write(2, 8000, &data), Err(libc::ENOSPC));
+        guest.sync(1).unwrap();
+        assert_eq!(guest.sync(2), Err(libc::ENOSPC));
+        assert_eq!(guest.write(2, 0, &data).unwrap(), 8000);
+        guest.sync(2).unwrap();
+        unmount(&below, UnmountFlags::DETACH).unwrap();
+    });
+    test.join().unwrap();
 }
 
 proptest! {
