@@ -8,7 +8,7 @@ mod device;
 mod metrics;
 mod share;
 #[cfg(test)]
-mod tests;
+pub(in crate::devices) mod tests;
 mod watch;
 mod worker;
 

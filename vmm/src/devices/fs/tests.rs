@@ -240,7 +240,7 @@ fn say_skipped(reason: &str) {
 }
 
 /// Tests that act for other users need root, as the worker has.
-fn without_root() -> bool {
+pub(in crate::devices) fn without_root() -> bool {
     let without = !rustix::process::geteuid().is_root();
     if without {
         say_skipped("not root, and so no files of other users can be made, and nothing mounted");
@@ -363,17 +363,24 @@ fn pages_written_back_go_where_they_belong_and_may_be_read_before() {
     assert_eq!(fs::read(guest.path("file")).unwrap(), b"0123xx6789");
 }
 
-#[test]
-fn pages_for_which_there_is_no_room_are_an_error_and_no_short_write() {
-    if without_root() {
-        return;
-    }
-    // In a mount namespace of its own.
+/// Runs a test in a mount namespace of its own, which the threads that it makes inherit.
+pub(in crate::devices) fn with_own_mounts(test: impl FnOnce() + Send + 'static) {
     let test = std::thread::spawn(|| {
         // SAFETY: asks for no descriptor table of its own (CLONE_FILES), which is what could be unsound.
         unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         mount_change("/", private).unwrap();
+        test();
+    });
+    test.join().unwrap();
+}
+
+#[test]
+fn pages_for_which_there_is_no_room_are_an_error_and_no_short_write() {
+    if without_root() {
+        return;
+    }
+    with_own_mounts(|| {
         let mut guest = Guest::mounted();
         let below = guest.path("below");
         fs::create_dir(&below).unwrap();
@@ -392,7 +399,6 @@ fn pages_for_which_there_is_no_room_are_an_error_and_no_short_write() {
         assert_eq!(kept, Ok(8000));
         unmount(&below, UnmountFlags::DETACH).unwrap();
     });
-    test.join().unwrap();
 }
 
 #[test]

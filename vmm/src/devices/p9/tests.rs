@@ -8,16 +8,14 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, symlink};
 use std::path::PathBuf;
 
 use proptest::prelude::*;
-use rustix::mount::{
-    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
-};
-use rustix::thread::UnshareFlags;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use tempfile::TempDir;
 
 use super::message::{Answer as Body, HEADER_LEN, NONE};
 use super::server::MAX_MSIZE;
 use super::{P9Device, REQUEST_QUEUE};
 use crate::config::CachePolicy;
+use crate::devices::fs::tests::{with_own_mounts, without_root};
 use crate::devices::fs::{Share, Tag};
 use crate::snapshot::Snapshot;
 use crate::virtio::VirtioDevice;
@@ -436,19 +434,9 @@ fn attributes_are_told_and_set() {
     assert_eq!((told.len(), u32_at(&told, 56)), (60, 255));
 }
 
-/// Says so, if it is so.
-fn without_root(what: &str) -> bool {
-    let without = !rustix::process::geteuid().is_root();
-    if without {
-        // Not by eprintln!, whose output is only shown for a test that fails.
-        let _ = writeln!(std::io::stderr(), "SKIPPED: not root, and so {what}");
-    }
-    without
-}
-
 #[test]
 fn files_are_their_makers() {
-    if without_root("no files of other users can be made") {
+    if without_root() {
         return;
     }
     let mut guest = Guest::attached();
@@ -759,15 +747,10 @@ fn a_file_that_is_made_anew_has_not_failed() {
 
 #[test]
 fn a_write_for_which_there_is_no_room_fails_as_a_whole() {
-    if without_root("no file system can be mounted that is full") {
+    if without_root() {
         return;
     }
-    // In a mount namespace of its own.
-    let test = std::thread::spawn(|| {
-        // SAFETY: asks for no descriptor table of its own (CLONE_FILES), which is what could be unsound.
-        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
-        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-        mount_change("/", private).unwrap();
+    with_own_mounts(|| {
         let mut guest = Guest::attached();
         let below = guest.path("below");
         fs::create_dir(&below).unwrap();
@@ -787,7 +770,6 @@ fn a_write_for_which_there_is_no_room_fails_as_a_whole() {
         guest.sync(2).unwrap();
         unmount(&below, UnmountFlags::DETACH).unwrap();
     });
-    test.join().unwrap();
 }
 
 proptest! {

@@ -227,12 +227,7 @@ fn what_is_mounted_to_be_read_is_not_mapped_to_be_written() {
     if without_root() {
         return;
     }
-    // In a mount namespace of its own, which the device's threads inherit.
-    let test = std::thread::spawn(|| {
-        // SAFETY: asks for no descriptor table of its own (CLONE_FILES), which is what could be unsound.
-        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
-        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-        mount_change("/", private).unwrap();
+    with_own_mounts(|| {
         let (mut guest, window) = Guest::windowed();
         let below = guest.path("below");
         fs::create_dir(&below).unwrap();
@@ -251,7 +246,6 @@ fn what_is_mounted_to_be_read_is_not_mapped_to_be_written() {
         assert_eq!(window.rights(0), "r--s");
         unmount(guest.path("below"), UnmountFlags::DETACH).unwrap();
     });
-    test.join().unwrap();
 }
 
 #[test]
