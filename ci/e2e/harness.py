@@ -313,6 +313,11 @@ def roots_are_disks():
     return os.environ.get("CONTAINERD_SNAPSHOTTER") == "blockfile"
 
 
+def fstype_of_roots(shared):
+    """What a container's root file system is in the guest, if it is `shared` where it comes by a folder."""
+    return {"blockfile": "ext4", "erofs": "overlay"}.get(os.environ.get("CONTAINERD_SNAPSHOTTER"), shared)
+
+
 def as_alice():
     """The options by which ctr's exec is for alice. To look a name up it mounts the root file system, which it cannot where
     that is a disk in use."""

@@ -27,7 +27,8 @@ class InstallTest(Case):
             file.write(f"#!/bin/sh\necho \"$@\" >>{self.restarts}\n")
         os.chmod(systemctl, 0o755)
         self.addCleanup(os.remove, systemctl)
-        self.ctr("images", "import", ARCHIVE, code=0)
+        # It is unpacked when it is run.
+        self.ctr("images", "import", "--no-unpack", ARCHIVE, code=0)
         names = self.ctr("images", "ls", "-q", code=0).out.splitlines()
         self.image = next(name for name in names if name.startswith("husk-installer:"))
         self.addCleanup(self.ctr, "images", "rm", self.image)
@@ -36,7 +37,8 @@ class InstallTest(Case):
         """Runs the image as the DaemonSet does: privileged, the node's root at /node, the node's processes in sight."""
         return self.run_container(
             "husk-node", verb, runtime="runc", image=(self.image,), code=0,
-            options=["--privileged", "--with-ns", "pid:/proc/1/ns/pid",
+            # Which has room for it whatever the tests' snapshotter is.
+            options=["--snapshotter", "overlayfs", "--privileged", "--with-ns", "pid:/proc/1/ns/pid",
                      "--mount", f"type=bind,src={self.node},dst=/node,options=rbind:rw"])
 
     def files(self):

@@ -211,7 +211,7 @@ class Parity(Case):
             terminal.expect("got words")
             terminal.resize(40, 120)
             # The client is told again until this is there, and would complain of a process that has ended meanwhile.
-            terminal.expect("fits")
+            terminal.expect("fits\r+\n")
             terminal.type("end\n")
             note("status", str(terminal.wait()))
             note("screen", re.sub(r"\r+\n", "\n", terminal.text))

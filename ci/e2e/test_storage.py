@@ -6,7 +6,7 @@ import resource
 import shutil
 import signal
 
-from harness import (CONTAINERD_LOG, Case, as_alice, children, flushes, processes, remove_fifos_of_ctr, roots_are_disks,
+from harness import (CONTAINERD_LOG, Case, as_alice, children, flushes, fstype_of_roots, processes, remove_fifos_of_ctr,
                      wait_until)
 
 # Of 255 bytes, with every byte that a name may have, and many that are no UTF-8.
@@ -287,8 +287,7 @@ class Storage(Shared):
         self.write("first")
         task = self.start(options=self.mount_with('sharing = "9p"'))
         mounts = task.exec("grep", "-E", "^[^ ]+ (/|/share) ", "/proc/mounts", code=0).out
-        root = "ext4" if roots_are_disks() else "9p"
-        self.assertEqual([line.split()[2] for line in mounts.splitlines()], [root, "9p"])
+        self.assertEqual([line.split()[2] for line in mounts.splitlines()], [fstype_of_roots("9p"), "9p"])
         self.assertEqual(task.exec("cat", "/share/file", code=0).out, "first")
         self.write("other")
         self.assertEqual(task.exec("cat", "/share/file", code=0).out, "other")
@@ -335,8 +334,7 @@ class Server(Shared):
         self.write("first")
         task = self.start(options=self.mount_by_server())
         mounts = task.exec("grep", "-E", "^[^ ]+ (/|/share) ", "/proc/mounts", code=0).out
-        root = "ext4" if roots_are_disks() else "virtiofs"
-        self.assertEqual([line.split()[2] for line in mounts.splitlines()], [root, "virtiofs"])
+        self.assertEqual([line.split()[2] for line in mounts.splitlines()], [fstype_of_roots("virtiofs"), "virtiofs"])
         self.assertEqual(task.exec("cat", "/share/file", code=0).out, "first")
         self.write("other")
         # Attributes are valid for a second.
@@ -355,8 +353,6 @@ class Server(Shared):
             self.assertEqual(of(pid, "oom_score_adj"), "0\n")
 
     def test_a_container_that_joins_a_server(self):
-        if roots_are_disks():
-            self.skipTest("the same with folders")
         pod = ["--annotation", "io.kubernetes.cri.sandbox-id=served"]
         first = self.start(options=[*self.mount_by_server('cache = "none"'), *pod])
         later = os.path.join(self.folder, "later")
