@@ -11,11 +11,13 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio::sync::OnceCell;
+
 use crate::agent::Target;
 use crate::disks::Disks;
 use crate::error::Error;
 use crate::hooks::HookState;
-use crate::process::{Process, ProcessState};
+use crate::process::{Exit, Process, ProcessState};
 use crate::spec::HostHooks;
 use crate::storage::ContainerStorage;
 use crate::vm::Vm;
@@ -86,7 +88,7 @@ pub(crate) struct Container {
     storage: Mutex<Option<ContainerStorage>>,
     disks: Disks,
     outlives_kill: AtomicBool,
-    deleting: AtomicBool,
+    deleted: OnceCell<Exit>,
 }
 
 /// A process of `Exec`.
@@ -114,7 +116,7 @@ impl Container {
             storage: Mutex::new(parts.storage),
             disks: parts.disks,
             outlives_kill: AtomicBool::new(false),
-            deleting: AtomicBool::new(false),
+            deleted: OnceCell::new(),
         }
     }
 
@@ -290,14 +292,9 @@ impl Container {
         }
     }
 
-    /// Claims the right to delete; false if somebody else has it. A delete that fails gives it back with
-    /// [`Container::give_up_delete`].
-    pub(crate) fn begin_delete(&self) -> bool {
-        !self.deleting.swap(true, Ordering::AcqRel)
-    }
-
-    pub(crate) fn give_up_delete(&self) {
-        self.deleting.store(false, Ordering::Release);
+    /// Set by who deletes it, for whom others wait.
+    pub(crate) fn deleted(&self) -> &OnceCell<Exit> {
+        &self.deleted
     }
 
     pub(crate) fn take_storage(&self) -> Option<ContainerStorage> {

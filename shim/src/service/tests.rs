@@ -56,6 +56,8 @@ struct FakeAgent {
     deaf: AtomicBool,
     /// Does not say which processes there are.
     stuck: AtomicBool,
+    /// Held by a test, no container is removed.
+    removing: tokio::sync::Mutex<()>,
 }
 
 impl FakeAgent {
@@ -89,6 +91,7 @@ impl AgentService for FakeAgent {
         _: &TtrpcContext,
         req: agent::RemoveContainerRequest,
     ) -> TtrpcResult<agent::Empty> {
+        let _allowed = self.removing.lock().await;
         self.called(format!("remove {}", req.container_id))
     }
 
@@ -459,6 +462,27 @@ async fn life_of_a_task_with_its_events() {
     assert_eq!((exit.pid, exit.exit_status), (PID, 143));
     assert_eq!(code(fixture.delete("").await).0, Code::NOT_FOUND);
     assert!(fixture.sandbox.is_empty());
+}
+
+#[tokio::test]
+async fn delete_that_is_repeated_meanwhile_ends_with_the_first() {
+    let mut fixture = Fixture::new().await;
+    fixture.start("").await.unwrap();
+    fixture.kill("", 15).await.unwrap();
+    let agent = fixture.agent.clone();
+    let removing = agent.removing.lock().await;
+    {
+        let both = futures::future::join(fixture.delete(""), fixture.delete(""));
+        tokio::pin!(both);
+        let early = tokio::time::timeout(Duration::from_millis(100), &mut both).await;
+        assert!(early.is_err(), "{early:?}");
+        drop(removing);
+        let (one, other) = both.await;
+        assert_eq!(one.unwrap(), other.unwrap());
+    }
+    fixture.topics_until("/tasks/delete").await;
+    let calls = agent.calls.lock().unwrap().join(", ");
+    assert_eq!(calls.matches("remove x").count(), 1, "{calls}");
 }
 
 #[tokio::test]

@@ -46,19 +46,17 @@ impl Sandbox {
     }
 
     async fn delete_container(&self, container: &Arc<Container>) -> Result<Exit, Error> {
-        let not_found = || Error::ContainerNotFound {
-            id: container.id().to_owned(),
-        };
-        if !container.begin_delete() {
-            return Err(not_found());
-        }
-        let exit = match end(container).await {
-            Ok(exit) => exit,
-            Err(err) => {
-                container.give_up_delete();
-                return Err(err);
-            }
-        };
+        // containerd asks again when it has waited for some seconds, and takes a container for gone that is not found. Its disks
+        // are given to others then.
+        let deleted = container.deleted();
+        deleted
+            .get_or_try_init(async || self.end_and_free(container).await)
+            .await
+            .copied()
+    }
+
+    async fn end_and_free(&self, container: &Arc<Container>) -> Result<Exit, Error> {
+        let exit = end(container).await?;
         drain(container.init(), INIT_DRAIN_LIMIT).await;
         for exec in container.execs() {
             drain(&exec.process, EXEC_DRAIN_LIMIT).await;
