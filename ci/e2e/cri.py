@@ -141,6 +141,14 @@ class PodCase(Case):
         os.makedirs(folder)
         return folder
 
+    def direct_volume(self, device, *options):
+        """A new folder where kubelet would have a PersistentVolume, whose disk a CSI driver has left to the guest."""
+        folder = self.kubelets("volumes", "kubernetes.io~csi", "pv", "mount")
+        os.makedirs(folder)
+        self.command("husk", "volume", "add", folder, "--device", device, *options, code=0)
+        self.addCleanup(self.command, "husk", "volume", "remove", folder, code=0)
+        return folder
+
     def try_pod(self, **config):
         """`crictl runp`, which may fail: the result. `config` is merged into what CRI calls the pod's configuration."""
         name = self.name().replace("_", "-")

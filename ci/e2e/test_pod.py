@@ -173,6 +173,84 @@ class Pods(PodCase):
         container.exec("sh", "-c", "echo fine >/root/file; sync /root/file", code=0)
         pod.remove(code=0)
 
+    def test_volume_that_the_guest_mounts(self):
+        if self.runtime != "husk":
+            self.skipTest("it is husk's")
+        content = os.path.join(self.folder, "content")
+        os.mkdir(content)
+        with open(os.path.join(content, "file"), "w", encoding="ascii") as file:
+            file.write("of the volume\n")
+        os.chmod(file.name, 0o600)
+        image = os.path.join(self.folder, "image")
+        self.command("mkfs.ext4", "-q", "-d", content, image, "32M", code=0)
+        device = self.loop_device(image)
+        volume = self.direct_volume(device, "-o", "noatime", "--fs-group", "2000")
+        elsewhere = self.kubelets("volume-subpaths", "pv", "c", "0")
+        for folder in os.path.join(volume, "sub"), elsewhere:
+            os.makedirs(folder)
+        subprocess.run(["mount", "--bind", os.path.join(volume, "sub"), elsewhere], check=True)
+        self.addCleanup(subprocess.run, ["umount", elsewhere], check=True)
+        mounts = [{"host_path": volume, "container_path": "/data"}]
+        pod = self.pod()
+        first = pod.start(mounts=mounts)
+        second = pod.start(mounts=[{**mounts[0], "readonly": True}, {"host_path": elsewhere, "container_path": "/sub"}])
+        self.assertRegex(first.output_of("grep", " /data ", "/proc/mounts"), r"^/dev/vd\w+ /data ext4 rw,noatime")
+        self.assertEqual(first.output_of("cat", "/data/file"), "of the volume")
+        self.assertEqual(first.output_of("stat", "-c", "%a %u %g", "/data", "/data/file"), "2775 0 2000\n660 0 2000")
+        first.exec("sh", "-c", "mkdir -p /data/sub; echo common >/data/sub/file", code=0)
+        self.assertEqual(second.output_of("cat", "/sub/file", "/data/sub/file"), "common\ncommon")
+        self.assertIn("Read-only file system", second.exec("touch", "/data/x").err)
+        second.exec("sh", "-c", "echo more >>/sub/file", code=0)
+        # Nobody else has it meanwhile: not the host, not another pod that is to have it, nor one that is led there.
+        self.assertNotEqual(self.command("mount", device, volume).code, 0)
+        self.assertEqual(sorted(os.listdir(volume)), ["sub"])
+        refused = self.pod().create(mounts=mounts)
+        result = self.crictl("start", refused.id)
+        self.assertIn(f"cannot open the disk of a volume, {device}: the host has mounted it, or it is in use", result.err)
+        uid, self.uid = self.uid, "other"
+        other = self.pod().start(mounts=mounts)
+        self.assertEqual(other.output_of("ls", "/data"), "sub")
+        self.uid = uid
+        # A container that is started again finds it as the last one has left it.
+        first.exec("chmod", "600", "/data/sub/file", code=0)
+        for container in first, second:
+            self.crictl("rm", "-f", container.id, code=0)
+        third = pod.start(mounts=[*mounts, {"host_path": elsewhere, "container_path": "/sub"}])
+        self.assertEqual(third.output_of("sh", "-c", "stat -c %a /sub/file; ls /data"), "600\nfile\nlost+found\nsub")
+        third.exec("sh", "-c", "dd if=/dev/urandom of=/data/big bs=1M count=4 2>&-", code=0)
+        # When the pod has ended, so has that: there is nothing to be recovered.
+        self.crictl("stopp", pod.id, code=0)
+        self.assertNotIn("needs_recovery", self.command("dumpe2fs", "-h", device, code=0).out)
+        wait_until(lambda: self.command("mount", device, volume).code == 0, "the disk to be free")
+        with open(os.path.join(volume, "sub", "file"), encoding="ascii") as file:
+            self.assertEqual(file.read(), "common\nmore\n")
+        self.assertEqual(os.stat(os.path.join(volume, "big")).st_size, 4 * MIB)
+        subprocess.run(["umount", volume], check=True)
+        again = self.pod().start(mounts=mounts)
+        self.assertEqual(again.output_of("cat", "/data/sub/file"), "common\nmore")
+
+    def test_volume_that_the_guest_cannot_mount(self):
+        if self.runtime != "husk":
+            self.skipTest("it is husk's")
+        image = os.path.join(self.folder, "image")
+        with open(image, "wb") as file:
+            file.truncate(32 * MIB)
+        volume = self.direct_volume(image)
+        mounts = [{"host_path": volume, "container_path": "/data"}]
+        pod = self.pod()
+        result = self.crictl("start", pod.create(mounts=mounts).id)
+        self.assertIn(f"mounting {image}, the disk of a volume, as ext4 (rw) failed: Invalid argument", result.err)
+        self.command("husk", "volume", "add", volume, "--device", image, "-o", "offset=512", code=0)
+        result = self.crictl("start", pod.create(mounts=mounts).id)
+        self.assertIn("is a volume that the guest cannot mount, as ext4 with the options \\\"offset=512\\\"", result.err)
+        result = self.command("husk", "volume", "add", volume, "--device", image, "--fstype", "btrfs")
+        self.assertIn("possible values: ext4, xfs", result.err)
+        # The pod goes on, and so does the volume once it is one.
+        self.command("mkfs.ext4", "-q", image, code=0)
+        self.command("husk", "volume", "add", volume, "--device", image, "-o", "nodev,x-mount", code=0)
+        container = pod.start(mounts=mounts)
+        self.assertRegex(container.output_of("grep", " /data ", "/proc/mounts"), "ext4 rw,nodev")
+
     def test_unix_socket_on_a_volume_connects_containers(self):
         folder = self.empty_dir("disk")
         mounts = [{"host_path": folder, "container_path": "/shared"}]

@@ -153,7 +153,7 @@ impl Containers {
         };
         let built = self.build(&creation, streams).await;
         if built.is_err() {
-            disks::unmount_root(id).await;
+            self.give_back(id).await;
         }
         let mut slots = self.slots();
         match built {
@@ -258,6 +258,21 @@ impl Containers {
             oom_watch,
             _mounts: [folders, namespaces],
         })
+    }
+
+    /// Brings to its disks what container `id` has written, which is gone, and unmounts what nobody has any more.
+    async fn give_back(&self, id: &str) {
+        disks::unmount_root(id).await;
+        let is_last = self.slots().keys().all(|other| other == id);
+        let volumes = Arc::clone(&self.volumes);
+        blocking(move || {
+            if is_last {
+                volumes.close();
+            } else {
+                volumes.sync();
+            }
+        })
+        .await;
     }
 
     /// The files of the disks that volumes are on, by their serials.
@@ -409,9 +424,7 @@ impl Containers {
             self.slots().insert(id.to_owned(), Slot::Created(container));
             return Err(error);
         }
-        disks::unmount_root(id).await;
-        let volumes = Arc::clone(&self.volumes);
-        blocking(move || volumes.sync()).await;
+        self.give_back(id).await;
         self.forget(id);
         self.removed.add(id);
         Ok(())

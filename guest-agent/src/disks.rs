@@ -199,7 +199,7 @@ pub(crate) async fn unmount_root(id: &str) {
 }
 
 /// Unmounts what is mounted at `point`, if that exists, and removes the folder.
-fn close(point: &Path) {
+pub(crate) fn close(point: &Path) {
     if !point.exists() {
         return;
     }
@@ -268,12 +268,12 @@ fn with_serial(disks: &Path, serial: &str) -> io::Result<Option<PathBuf>> {
 }
 
 /// Divides options of mount(8), of which the last counts where two contradict, into flags and those of the file system.
-fn divide(options: &[String]) -> Result<(MsFlags, String)> {
+pub(crate) fn divide(options: &[String]) -> Result<(MsFlags, String)> {
     let mut mount = Mount::default();
     mount.set_options(Some(options.to_vec()));
     let parsed = parse_mount(&mount)
         .map_err(io::Error::other)
-        .during("reading the options of the root file system")?;
+        .during("reading the options of a file system")?;
     // Of another version of nix.
     let flags = MsFlags::from_bits_retain(parsed.flags.bits());
     Ok((flags, parsed.data.join(",")))

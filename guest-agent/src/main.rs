@@ -15,6 +15,7 @@ mod disks;
 mod error;
 mod finish;
 mod forward;
+mod fs_group;
 mod hotplug;
 mod init;
 mod launch;

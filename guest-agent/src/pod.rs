@@ -2,17 +2,18 @@
 //!
 //! ```text
 //! /run/husk/pod/ns/{ipc,pid,user,uts}  the sandbox's namespaces, as long as the sandbox exists
-//! /run/husk/pod/volumes/<name>         a tmpfs each, or the file system on a disk, as long as the guest
+//! /run/husk/pod/volumes/<name>         a tmpfs each, or the file system on a disk, as long as there are containers
 //! /run/husk/pod/folders/<n>            a folder of a volume, as long as the container that mounts it
 //! ```
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs::{self, File, Permissions};
-use std::os::fd::AsRawFd;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use husk_protocol::{POD_NAMESPACES, POD_VOLUMES, agent};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -23,6 +24,7 @@ use pathrs::flags::OpenFlags;
 
 use crate::disks::{self, IMAGE_OPTIONS, mount_new};
 use crate::error::{During, Error, Result};
+use crate::fs_group;
 
 /// The namespaces that containers of a pod may have in common. Network and cgroup root are the guest's.
 const NAMESPACES: [&str; 4] = ["ipc", "pid", "user", "uts"];
@@ -88,8 +90,23 @@ impl Drop for Mounts {
 #[derive(Debug)]
 pub(crate) struct Volumes {
     root: PathBuf,
-    made: Mutex<HashSet<String>>,
+    /// By their names.
+    slots: Mutex<HashMap<String, Arc<Slot>>>,
     folders: AtomicU64,
+}
+
+/// A volume that is there, or is being made.
+#[derive(Debug, Default)]
+struct Slot {
+    /// Held by who makes it, which may take long: others of the same wait, and nobody else.
+    making: Mutex<()>,
+    made: OnceLock<Made>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Made {
+    InMemory,
+    OnDisk,
 }
 
 impl Default for Volumes {
@@ -102,7 +119,7 @@ impl Volumes {
     fn at(root: &Path) -> Self {
         Self {
             root: root.to_owned(),
-            made: Mutex::default(),
+            slots: Mutex::default(),
             folders: AtomicU64::new(0),
         }
     }
@@ -113,35 +130,62 @@ impl Volumes {
         volumes: &[agent::Volume],
         devices: &HashMap<String, PathBuf>,
     ) -> Result<()> {
-        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         for volume in volumes {
-            if made.contains(&volume.name) {
+            let point = self.root.join(component(&volume.name)?);
+            let slot = self.slots().entry(volume.name.clone()).or_default().clone();
+            let _alone = slot.making.lock().unwrap_or_else(PoisonError::into_inner);
+            if slot.made.get().is_some() {
                 continue;
             }
-            let point = self.root.join(component(&volume.name)?);
             let what = || format!("making the volume {}", volume.name);
-            let mut flags = MsFlags::empty();
-            if volume.inert {
-                flags |= MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-            }
-            let mounted = match devices.get(&volume.serial) {
-                None => {
-                    let options = options_of(volume);
+            let made = match (devices.get(&volume.serial), volume.direct.as_ref()) {
+                (None, _) => {
+                    let (flags, options) = (flags_of(volume), options_of(volume));
                     mount_new(Path::new("tmpfs"), &point, "tmpfs", flags, &options)
+                        .during(what())?;
+                    Made::InMemory
                 }
-                Some(device) => mount_disk(device, &point, flags, volume),
+                (Some(device), None) => {
+                    mount_image(device, &point, volume).during(what())?;
+                    Made::OnDisk
+                }
+                (Some(device), Some(direct)) => {
+                    mount_direct(device, &point, direct)?;
+                    Made::OnDisk
+                }
             };
-            mounted.during(what())?;
-            made.insert(volume.name.clone());
+            slot.made.get_or_init(|| made);
         }
         Ok(())
     }
 
     /// Brings what was written to the volumes to their disks. Waits for these.
     pub(crate) fn sync(&self) {
-        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        made.iter()
+        let names = self
+            .slots()
+            .iter()
+            .filter(|(_, slot)| slot.is_on_disk())
+            .map(|(name, _)| name.clone())
+            .collect::<Vec<_>>();
+        names
+            .iter()
             .for_each(|name| disks::sync(&self.root.join(name)));
+    }
+
+    /// Unmounts those on disks, which no container has any more: what mounts one next finds nothing to be recovered. Waits for
+    /// the disks.
+    pub(crate) fn close(&self) {
+        let closed: Vec<_> = self
+            .slots()
+            .extract_if(|_, slot| slot.is_on_disk())
+            .collect();
+        closed
+            .iter()
+            .for_each(|(name, _)| disks::close(&self.root.join(name)));
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<String, Arc<Slot>>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Finds the folders of volumes that the mounts of `spec` name, and makes those that are missing, as the host's
@@ -167,11 +211,11 @@ impl Volumes {
             if folder.as_os_str().is_empty() {
                 continue;
             }
-            let folder = folder_in(&volume, folder)?;
+            let found = find_in(&volume, folder)?;
             let number = self.folders.fetch_add(1, Ordering::Relaxed);
             let point = Path::new(FOLDERS).join(number.to_string());
-            fs::create_dir_all(&point).during(format!("creating {}", point.display()))?;
-            let source = format!("/proc/self/fd/{}", folder.as_raw_fd());
+            make_point(&point, &found).during(format!("creating {}", point.display()))?;
+            let source = format!("/proc/self/fd/{}", found.as_raw_fd());
             mounts.bind(Path::new(&source), point.clone())?;
             mount.set_source(Some(point));
         }
@@ -179,26 +223,55 @@ impl Volumes {
     }
 }
 
-/// Mounts the disk of a volume, whose root is made as the volume says, unless it has been one before, in an earlier guest of the
-/// pod. On failure it is not mounted.
-fn mount_disk(
-    device: &Path,
-    point: &Path,
-    flags: MsFlags,
-    volume: &agent::Volume,
-) -> std::io::Result<()> {
-    mount_new(device, point, "ext4", flags, IMAGE_OPTIONS)?;
-    make_root(point, volume).inspect_err(|_| {
-        if let Err(error) = umount2(point, MntFlags::MNT_DETACH) {
-            tracing::warn!(%error, point = %point.display(), "a volume stays mounted");
-        }
-    })
+impl Slot {
+    fn is_on_disk(&self) -> bool {
+        self.made.get() == Some(&Made::OnDisk)
+    }
+}
+
+/// Mounts the disk of a volume that the host has made, whose root is made as the volume says, unless it has been one before, in an
+/// earlier guest of the pod. On failure it is not mounted.
+fn mount_image(device: &Path, point: &Path, volume: &agent::Volume) -> io::Result<()> {
+    mount_new(device, point, "ext4", flags_of(volume), IMAGE_OPTIONS)?;
+    make_root(point, volume).inspect_err(|_| disks::close(point))
+}
+
+/// Mounts the disk of a volume that others have written. On failure it is not mounted.
+fn mount_direct(device: &Path, point: &Path, direct: &agent::DirectVolume) -> Result<()> {
+    let what = || {
+        format!(
+            "mounting {}, the disk of a volume, as {} ({})",
+            direct.device,
+            direct.fstype,
+            direct.options.join(",")
+        )
+    };
+    let (flags, data) = disks::divide(&direct.options)?;
+    mount_new(device, point, &direct.fstype, flags, &data).during(what())?;
+    match direct.fs_group.as_ref() {
+        // Whoever may only read it has to take it as it is.
+        Some(group) if !flags.contains(MsFlags::MS_RDONLY) => fs_group::apply(point, group)
+            .inspect_err(|_| disks::close(point))
+            .during(format!(
+                "giving the files of {} to the group {}",
+                direct.device, group.gid
+            )),
+        _ => Ok(()),
+    }
+}
+
+fn flags_of(volume: &agent::Volume) -> MsFlags {
+    if volume.inert {
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC
+    } else {
+        MsFlags::empty()
+    }
 }
 
 /// What a new file system has in it.
 const NEW: &str = "lost+found";
 
-fn make_root(root: &Path, volume: &agent::Volume) -> std::io::Result<()> {
+fn make_root(root: &Path, volume: &agent::Volume) -> io::Result<()> {
     if is_new(root)? {
         chown(root, Some(volume.uid), Some(volume.gid))?;
         fs::set_permissions(root, Permissions::from_mode(volume.mode))?;
@@ -209,7 +282,7 @@ fn make_root(root: &Path, volume: &agent::Volume) -> std::io::Result<()> {
 }
 
 /// Whether nobody has used the file system yet: a container may have made a folder of that name, too, or a link.
-fn is_new(root: &Path) -> std::io::Result<bool> {
+fn is_new(root: &Path) -> io::Result<bool> {
     for entry in fs::read_dir(root)? {
         let entry = entry?;
         if entry.file_name() != NEW || !entry.file_type()?.is_dir() {
@@ -220,19 +293,18 @@ fn is_new(root: &Path) -> std::io::Result<bool> {
     Ok(new.is_dir() && fs::read_dir(new)?.next().is_none())
 }
 
-/// Opens the folder `path` of a volume, as a container would resolve it; makes it if it is missing, open to the same as
-/// the volume.
-fn folder_in(volume: &Path, path: &Path) -> Result<File> {
+/// Finds the folder or file `path` of a volume, as a container would resolve it. What is missing is made as a folder, open to the
+/// same as the volume.
+fn find_in(volume: &Path, path: &Path) -> Result<File> {
     let find = || -> std::result::Result<File, pathrs::error::Error> {
         let root = Root::open(volume)?;
-        let flags = OpenFlags::O_DIRECTORY | OpenFlags::O_CLOEXEC;
-        if let Ok(folder) = root.open_subpath(path, flags) {
-            return Ok(folder);
+        if let Ok(found) = root.resolve(path) {
+            return Ok(OwnedFd::from(found).into());
         }
         let mode = fs::metadata(volume).map_or(0o755, |volume| volume.mode() & 0o7777);
         let folder = root
             .mkdir_all(path, &Permissions::from_mode(0o755))?
-            .reopen(flags)?;
+            .reopen(OpenFlags::O_DIRECTORY | OpenFlags::O_CLOEXEC)?;
         // Not by mkdir: the agent's mask would take from it.
         if let Err(error) = folder.set_permissions(Permissions::from_mode(mode)) {
             tracing::warn!(%error, "a folder of a volume is not open to all that the volume is");
@@ -241,8 +313,17 @@ fn folder_in(volume: &Path, path: &Path) -> Result<File> {
     };
     find().map_err(|error| Error::Io {
         what: format!("finding {} in its volume", path.display()),
-        source: std::io::Error::other(error.to_string()),
+        source: io::Error::other(error.to_string()),
     })
+}
+
+/// Makes what `found` can be mounted on.
+fn make_point(point: &Path, found: &File) -> io::Result<()> {
+    if found.metadata()?.is_dir() {
+        return fs::create_dir_all(point);
+    }
+    fs::create_dir_all(FOLDERS)?;
+    File::create_new(point).map(drop)
 }
 
 /// What mount(2) takes for a volume.
@@ -319,7 +400,7 @@ mod tests {
     fn folder_of_a_volume_is_made_as_open_as_the_volume() {
         let volume = tempfile::tempdir().expect("a folder");
         fs::set_permissions(volume.path(), Permissions::from_mode(0o777)).expect("ours");
-        folder_in(volume.path(), Path::new("a/b")).expect("it can be made");
+        find_in(volume.path(), Path::new("a/b")).expect("it can be made");
         let made = fs::metadata(volume.path().join("a/b")).expect("it is made");
         assert_eq!(made.mode() & 0o7777, 0o777);
     }
@@ -329,7 +410,7 @@ mod tests {
         let volume = tempfile::tempdir().expect("a folder");
         fs::create_dir(volume.path().join("etc")).expect("a folder");
         symlink("/etc", volume.path().join("link")).expect("a link");
-        let found = folder_in(volume.path(), Path::new("link")).expect("resolved as in a root");
+        let found = find_in(volume.path(), Path::new("link")).expect("resolved as in a root");
         let inside = fs::metadata(volume.path().join("etc")).expect("it is there");
         assert_eq!(found.metadata().expect("open").ino(), inside.ino());
     }

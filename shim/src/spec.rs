@@ -210,6 +210,12 @@ fn divide_mounts(
             } => {
                 let volume = &mut own.volume;
                 if let Some(Owners { ids, .. }) = &bind.owners {
+                    if volume.direct.is_some() {
+                        return Err(Error::UnsupportedSpec(format!(
+                            "wants other owners (idmap) for the mount {}, a disk that the guest mounts, whose files have owners already",
+                            mount.destination().display()
+                        )));
+                    }
                     // No file of it is on the host: what is made with the right owner needs no other one shown.
                     (volume.uid, volume.gid) = ids
                         .uid(volume.uid)
@@ -572,7 +578,7 @@ fn drop_host_linux(linux: &mut Linux, kind: &Kind, disks: &[BlockDevice]) -> Res
 
 #[cfg(test)]
 mod tests {
-    use husk_protocol::agent::Volume;
+    use husk_protocol::agent::{DirectVolume, Volume};
     use serde_json::{Value, json};
 
     use super::*;
@@ -902,10 +908,7 @@ mod tests {
                 gid: 44,
                 ..Volume::default()
             };
-            let volume = OwnVolume {
-                volume,
-                place: None,
-            };
+            let volume = OwnVolume { volume, disk: None };
             Ok(Source::Own {
                 volume,
                 folder: PathBuf::new(),
@@ -983,6 +986,25 @@ mod tests {
     }
 
     #[test]
+    fn disk_that_the_guest_mounts_keeps_its_owners() {
+        let mount = json!({"source": "/m", "options": ["rbind", "idmap"]});
+        let look = |_: &Path, _: bool| {
+            let volume = Volume {
+                direct: Some(DirectVolume::new()).into(),
+                ..Volume::default()
+            };
+            let volume = OwnVolume { volume, disk: None };
+            Ok(Source::Own {
+                volume,
+                folder: PathBuf::new(),
+            })
+        };
+        let divided = super::divide(with_owners(&mount), "x", &Kind::Single, look);
+        let err = divided.unwrap_err().to_string();
+        assert!(err.contains("whose files have owners already"), "{err}");
+    }
+
+    #[test]
     fn volume_in_memory_is_the_guests() {
         let volume = OwnVolume {
             volume: Volume {
@@ -990,7 +1012,7 @@ mod tests {
                 size: 7,
                 ..Volume::default()
             },
-            place: None,
+            disk: None,
         };
         let source = Source::Own {
             volume: volume.clone(),

@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -39,7 +39,7 @@ use crate::error::Error;
 use crate::file_server::FileServer;
 use crate::network::Network;
 use crate::size::{VmSize, VmSizes};
-use crate::storage::{self, Disk, VOLUME_PREFIX};
+use crate::storage::{Disk, VOLUME_PREFIX, VolumeDisk};
 use crate::vmm::{self, Worker};
 
 /// How long the console may take to end once its only writer is dead.
@@ -86,8 +86,8 @@ pub(crate) struct Vm {
     oom_score_adj: AtomicI32,
     /// How many it has ever been given.
     disks: AtomicU64,
-    /// The serials of the disks that are volumes, by the folders of their images.
-    volumes: Mutex<HashMap<PathBuf, Arc<OnceCell<String>>>>,
+    /// The serials of those that are volumes.
+    volumes: Mutex<HashMap<VolumeDisk, Arc<OnceCell<String>>>>,
     /// Of layers that the guest has not let go of.
     slots: Mutex<Vec<Arc<OwnedSemaphorePermit>>>,
     network: Network,
@@ -349,19 +349,30 @@ impl Vm {
         Ok(serial)
     }
 
-    /// The serial of the disk whose image is in the folder `place`: the VM gets it when it is asked for first, and keeps it.
-    pub(crate) async fn volume(&self, place: &Path) -> Result<String, Error> {
+    /// The serial of the disk of a volume: the VM gets it when it is asked for first, and keeps it.
+    pub(crate) async fn volume(&self, disk: &VolumeDisk) -> Result<String, Error> {
         let volume = self
             .volumes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .entry(place.to_owned())
+            .entry(disk.clone())
             .or_default()
             .clone();
         let serial = volume
-            .get_or_try_init(async || self.plug(storage::open_image(place).await?).await)
+            .get_or_try_init(async || self.plug(disk.open().await?).await)
             .await?;
         Ok(serial.clone())
+    }
+
+    /// Takes the disks of volumes away, which nobody has any more. One that the guest does not let go of stays.
+    pub(crate) async fn unplug_volumes(&self) {
+        let volumes =
+            std::mem::take(&mut *self.volumes.lock().unwrap_or_else(PoisonError::into_inner));
+        for serial in volumes.values().filter_map(|volume| volume.get()) {
+            if let Err(err) = self.unplug(serial).await {
+                warn!("the guest keeps {serial}: {}", err.chain());
+            }
+        }
     }
 
     /// Takes a disk away, and returns when it is closed.

@@ -2,6 +2,7 @@
 
 mod check;
 mod node;
+mod volume;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -44,6 +45,9 @@ enum Command {
         #[arg(long, value_name = "FOLDER", default_value = "/")]
         root: PathBuf,
     },
+    /// Leaves the disk of a volume to the guests.
+    #[command(subcommand)]
+    Volume(volume::Command),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -58,6 +62,7 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         Command::Install { from, root } => node::install(&from, &root, out)?,
         Command::Uninstall { root } => node::uninstall(&root, out)?,
+        Command::Volume(command) => volume::run(command)?,
     }
     Ok(ExitCode::SUCCESS)
 }

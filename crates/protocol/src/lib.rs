@@ -54,7 +54,15 @@ pub const POD_NAMESPACES: &str = "/run/husk/pod/ns";
 /// Where the agent mounts the root file systems that are on disks, each in a folder with the container's id.
 pub const DISK_MOUNTS: &str = "/run/husk/disks";
 
-/// Where the volumes are that live in the guest's memory, each in a folder that the shim names.
+/// The file systems for disks that the guest's kernel has, by their names for mount(8), and whether it can write to them.
+pub const GUEST_FILE_SYSTEMS: [(&str, bool); 4] = [
+    ("ext4", true),
+    ("xfs", true),
+    ("erofs", false),
+    ("squashfs", false),
+];
+
+/// Where the volumes are that are the guest's own, each in a folder that the shim names.
 pub const POD_VOLUMES: &str = "/run/husk/pod/volumes";
 
 /// The file system group ids by which the agent tells the guest's kernel what the host has changed: what root does in the

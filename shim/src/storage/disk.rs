@@ -8,21 +8,21 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use containerd_shim::protos::api::Mount;
+use husk_protocol::GUEST_FILE_SYSTEMS;
+use husk_volumes::DirectVolume;
 use log::info;
 use nix::libc;
 use nix::sys::stat::{major, minor};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
+use super::failed;
 use crate::error::Error;
 use crate::spec::BlockDevice;
 
-/// The file systems that the guest's kernel has, and whether it can write to them.
-const FILE_SYSTEMS: [(&str, bool); 4] = [
-    ("ext4", true),
-    ("xfs", true),
-    ("erofs", false),
-    ("squashfs", false),
+/// Options of mount(8), and of fstab(5), that are not for a kernel, or that say what a disk is without them.
+const TOOL_OPTIONS: [&str; 8] = [
+    "loop", "bind", "rbind", "defaults", "auto", "noauto", "nofail", "_netdev",
 ];
 
 /// How options begin that say of which part of the image or with which other device it is to be mounted, or whose the files
@@ -68,6 +68,29 @@ impl Disk {
         Self { file, read_only }
     }
 
+    /// Opens the disk of a volume, which nobody else has.
+    pub(super) fn of_volume(device: &Path, read_only: bool) -> Result<Self, Error> {
+        let open = || {
+            let kind = device.metadata()?.file_type();
+            if kind.is_block_device() {
+                open_device(device, read_only)
+            } else if kind.is_file() {
+                open_image(device, read_only)
+            } else {
+                Err(io::Error::other("neither a block device nor a file"))
+            }
+        };
+        let file = open()
+            .map_err(|err| match err.kind() {
+                io::ErrorKind::ResourceBusy => io::Error::other(
+                    "the host has mounted it, or it is in use by a virtual machine",
+                ),
+                _ => err,
+            })
+            .map_err(failed("open the disk of a volume,", device))?;
+        Ok(Self { file, read_only })
+    }
+
     /// Opens the device that a specification names. As with other runtimes, nobody else is kept from using it.
     pub(super) fn of_device(device: &BlockDevice) -> Result<Self, Error> {
         let open = || {
@@ -111,20 +134,16 @@ impl RootDisk {
         let [mount] = mounts else {
             return Ok(None);
         };
-        let Some(&(_, can_write)) = FILE_SYSTEMS.iter().find(|(name, _)| *name == mount.type_)
-        else {
-            return Ok(None);
-        };
-        if !is_whole_root(mount) || mount.options.iter().any(|option| is_of_host(option)) {
+        if !is_whole_root(mount) {
             return Ok(None);
         }
+        let Some(Manner { read_only, options }) = Manner::of(&mount.type_, &mount.options) else {
+            return Ok(None);
+        };
         let source = Path::new(&mount.source);
         let Ok(kind) = source.metadata().map(|metadata| metadata.file_type()) else {
             return Ok(None);
         };
-        let mut rights = mount.options.iter().rev();
-        let right = rights.find(|option| ["ro", "rw"].contains(&option.as_str()));
-        let read_only = !can_write || right.is_some_and(|right| right == "ro");
         let opened = if kind.is_block_device() {
             match open_device(source, read_only) {
                 // Mounted already, by somebody whose writes the guest would not see.
@@ -148,21 +167,62 @@ impl RootDisk {
             device: mount.source.clone(),
             source: source.into(),
         })?;
-        // A disk that cannot be written to is not mounted without saying so.
-        let rights = if read_only { "ro" } else { "rw" };
-        let options = mount.options.iter().map(String::as_str);
-        let options = options.filter(|option| !is_loop(option) && !["ro", "rw"].contains(option));
         Ok(Some(Self {
             disk: Disk { file, read_only },
             fstype: mount.type_.clone(),
-            options: options.chain([rights]).map(str::to_owned).collect(),
+            options,
         }))
     }
 }
 
-/// A file is a disk without this.
-fn is_loop(option: &str) -> bool {
-    option == "loop" || option.starts_with("loop=")
+/// How the guest is to mount a file system.
+#[derive(Debug, PartialEq)]
+pub(super) struct Manner {
+    pub(super) read_only: bool,
+    pub(super) options: Vec<String>,
+}
+
+impl Manner {
+    /// What `options` of mount(8) say; `None` if only the host can mount it.
+    pub(super) fn of(fstype: &str, options: &[String]) -> Option<Self> {
+        let &(_, can_write) = GUEST_FILE_SYSTEMS
+            .iter()
+            .find(|(name, _)| *name == fstype)?;
+        if options.iter().any(|option| is_of_host(option)) {
+            return None;
+        }
+        let options = options.iter().map(String::as_str);
+        let is_right = |option: &&str| ["ro", "rw"].contains(option);
+        let read_only = !can_write || options.clone().rfind(is_right) == Some("ro");
+        // A disk that cannot be written to is not mounted without saying so.
+        let right = if read_only { "ro" } else { "rw" };
+        let others = options.filter(|option| !is_of_tool(option) && !is_right(option));
+        Some(Self {
+            read_only,
+            options: others.chain([right]).map(str::to_owned).collect(),
+        })
+    }
+
+    /// How a direct volume is mounted.
+    pub(super) fn of_volume(volume: &DirectVolume) -> io::Result<Self> {
+        Self::of(&volume.fstype, &volume.options).ok_or_else(|| {
+            let known: Vec<_> = GUEST_FILE_SYSTEMS.iter().map(|(name, _)| *name).collect();
+            io::Error::other(format!(
+                "the disk {} is a volume that the guest cannot mount, as {} with the options {:?}: it knows {}, and nothing that \
+                 only the host can do",
+                volume.device.display(),
+                volume.fstype,
+                volume.options.join(","),
+                known.join(", ")
+            ))
+        })
+    }
+}
+
+/// Whether an option says nothing to a kernel that mounts a disk.
+fn is_of_tool(option: &str) -> bool {
+    let starts = ["loop=", "x-", "X-", "comment="];
+    TOOL_OPTIONS.contains(&option) || starts.iter().any(|start| option.starts_with(start))
 }
 
 /// Whether this is all of a root file system, and not a part of it.
@@ -172,7 +232,7 @@ pub(super) fn is_whole_root(mount: &Mount) -> bool {
 
 /// Whether an option can only be met by the host's kernel; one that names a path is of that kind.
 pub(super) fn is_of_host(option: &str) -> bool {
-    !is_loop(option)
+    !is_of_tool(option)
         && (option.contains("=/") || HOST_OPTIONS.iter().any(|start| option.starts_with(start)))
 }
 
@@ -254,7 +314,14 @@ mod tests {
         let root = of(&mount(
             "ext4",
             image.path(),
-            &["loop", "ro", "rw", "noatime"],
+            &[
+                "loop",
+                "ro",
+                "rw",
+                "_netdev",
+                "x-systemd.automount",
+                "noatime",
+            ],
         ))
         .unwrap();
         assert_eq!((root.fstype.as_str(), root.disk.read_only), ("ext4", false));

@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use containerd_shim::protos::api::Mount;
+use husk_volumes::Records;
 use log::warn;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -40,7 +41,7 @@ use volume::{Places, Volume, Volumes};
 pub(crate) use disk::{DeviceDisk, Disk, RootDisk};
 pub(crate) use idmap::IdMaps;
 pub(crate) use layers::RootLayers;
-pub(crate) use source::{OwnVolume, Source, Sources};
+pub(crate) use source::{OwnVolume, Source, Sources, VolumeDisk};
 pub(crate) use volume::PREFIX as VOLUME_PREFIX;
 
 /// The tmpfs holds mount points, nothing else: this bounds what a guest that can write below `share` could fill.
@@ -114,6 +115,7 @@ impl Share {
             pod_uid: pod_uid.map(str::to_owned),
             has_disks,
             decisions: self.decisions.clone(),
+            records: Records::default(),
         }
     }
 
@@ -323,12 +325,6 @@ fn take_down(mounted: [&PathBuf; 2], points: [&PathBuf; 2]) {
             _ => {}
         }
     }
-}
-
-/// Opens the image of a volume, for one VM alone.
-pub(crate) async fn open_image(place: &Path) -> Result<Disk, Error> {
-    let place = place.to_owned();
-    blocking(move || image::open(&place)).await
 }
 
 /// Does what may wait for a disk or a server where nobody else waits for it.

@@ -5,26 +5,35 @@
 //! volumes whose files kubelet writes are tmpfs as well; these stay shared. What tells them apart is the name of the volume
 //! plug-in in kubelet's path.
 //!
-//! By it an emptyDir on the host's disk is known as well, which can be a disk of the guest's.
+//! By it an emptyDir on the host's disk is known as well, which can be a disk of the guest's. And a volume whose disk a CSI driver
+//! has left to the guest is known by its record ([`husk_volumes`]).
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::fs::Metadata;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use husk_protocol::agent::Volume;
+use husk_protocol::agent::{self, Volume};
+use husk_volumes::{ChangePolicy, DirectVolume, Records};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
-use super::image;
+use super::disk::{Disk, Manner};
+use super::{blocking, image};
+use crate::error::Error;
 
 /// The mounts of this process's namespace, see proc(5).
 const MOUNTINFO: &str = "/proc/self/mountinfo";
 
 /// The folder in which kubelet keeps the emptyDir volumes of a pod.
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+
+/// The folder in which kubelet keeps the volumes of CSI drivers of a pod, and the one of each in it that is to be mounted.
+const CSI: &str = "kubernetes.io~csi";
+const CSI_MOUNT: &str = "mount";
 
 /// Most folders that are looked into for files.
 const FOLDER_LIMIT: usize = 1000;
@@ -49,8 +58,37 @@ pub(crate) enum Source {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct OwnVolume {
     pub(crate) volume: Volume,
-    /// The folder of the host for the image that it is on; `None` if it is in the guest's memory.
-    pub(crate) place: Option<PathBuf>,
+    /// `None` if it is in the guest's memory.
+    pub(crate) disk: Option<VolumeDisk>,
+}
+
+/// The disk of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum VolumeDisk {
+    /// The image in this folder of the host.
+    Image(PathBuf),
+    /// A device of the host, or a file that is one's image.
+    Direct { device: PathBuf, read_only: bool },
+}
+
+impl VolumeDisk {
+    /// Opens it for one VM alone, if it is written to.
+    pub(crate) async fn open(&self) -> Result<Disk, Error> {
+        let disk = self.clone();
+        blocking(move || match disk {
+            Self::Image(folder) => image::open(&folder),
+            Self::Direct { device, read_only } => Disk::of_volume(&device, read_only),
+        })
+        .await
+    }
+
+    /// The folder for its image, if it is one.
+    pub(crate) fn image(&self) -> Option<&Path> {
+        match self {
+            Self::Image(folder) => Some(folder),
+            Self::Direct { .. } => None,
+        }
+    }
 }
 
 /// A line of mountinfo.
@@ -76,6 +114,7 @@ pub(crate) struct Sources {
     /// Whether an emptyDir that is not known yet, and keeps no files, is a disk.
     pub(super) has_disks: bool,
     pub(super) decisions: Decisions,
+    pub(super) records: Records,
 }
 
 impl Sources {
@@ -102,13 +141,19 @@ impl Sources {
             return Ok(in_memory_of_guest(volume(root)?, folder));
         }
         if kind.is_dir()
-            && let Some((place, folder)) = empty_dir(&mounts, &path)
+            && let Some((place, folder, direct)) = self.direct(&mounts, &path)?
+        {
+            let volume = direct_volume(&place, &direct)?;
+            return Ok(Source::Own { volume, folder });
+        }
+        if kind.is_dir()
+            && let Some((place, folder)) = volume_of(&mounts, &path, EMPTY_DIR)
             && self.is_of_pod(&place)
             && self.is_disk(&place)?
         {
             let volume = OwnVolume {
                 volume: disk_volume(&place)?,
-                place: Some(place),
+                disk: Some(VolumeDisk::Image(place)),
             };
             return Ok(Source::Own { volume, folder });
         }
@@ -118,14 +163,38 @@ impl Sources {
         Ok(Source::Shared { has_mounts })
     }
 
-    /// Whether the emptyDir `place` is the pod's, as `<uid>/volumes/kubernetes.io~empty-dir/<name>`: another pod's, which a
-    /// hostPath leads to, has its files elsewhere.
+    /// Whether the volume at `place` is the pod's, as `<uid>/volumes/…`: another pod's, which a hostPath leads to, has its files
+    /// elsewhere.
     fn is_of_pod(&self, place: &Path) -> bool {
-        let pod = place.ancestors().nth(3).and_then(Path::file_name);
-        match &self.pod_uid {
-            Some(uid) => pod == Some(OsStr::new(uid)),
-            None => true,
+        let Some(uid) = &self.pod_uid else {
+            return true;
+        };
+        place.ancestors().any(|folder| {
+            folder.file_name() == Some(OsStr::new("volumes"))
+                && folder.parent().and_then(Path::file_name) == Some(OsStr::new(uid))
+        })
+    }
+
+    /// The volume with a record that `path` is a folder of: where it is, which folder, and the record. A driver may have been
+    /// given another path to the same place.
+    fn direct(
+        &self,
+        mounts: &[MountPoint],
+        path: &Path,
+    ) -> io::Result<Option<(PathBuf, PathBuf, DirectVolume)>> {
+        let places = self.records.places().map_err(io::Error::other)?;
+        for named in places.iter().filter(|place| self.is_of_pod(place)) {
+            // It may be gone, and the record be left.
+            let Ok(place) = named.canonicalize() else {
+                continue;
+            };
+            if let Some(folder) = folder_of_csi(mounts, path, &place)
+                && let Some(direct) = self.records.find(named).map_err(io::Error::other)?
+            {
+                return Ok(Some((place, folder, direct)));
+            }
         }
+        Ok(None)
     }
 
     fn is_disk(&self, place: &Path) -> io::Result<bool> {
@@ -145,10 +214,7 @@ impl Sources {
 }
 
 fn in_memory_of_guest(volume: Volume, folder: PathBuf) -> Source {
-    let volume = OwnVolume {
-        volume,
-        place: None,
-    };
+    let volume = OwnVolume { volume, disk: None };
     Source::Own { volume, folder }
 }
 
@@ -185,29 +251,43 @@ fn in_memory<'a>(
     Some((root, folder.to_owned()))
 }
 
-/// The emptyDir that `path` is a folder of, and which folder; `None` if it is of none.
-fn empty_dir(mounts: &[MountPoint], path: &Path) -> Option<(PathBuf, PathBuf)> {
-    if let Some(found) = divide_empty_dir(path) {
+/// The volume of kubelet's plug-in `plugin` that `path` is a folder of, and which folder; `None` if it is of none.
+fn volume_of(mounts: &[MountPoint], path: &Path, plugin: &str) -> Option<(PathBuf, PathBuf)> {
+    if let Some(found) = divide(path, plugin) {
         return Some(found);
     }
     // A subPath, which kubelet mounts at `volume-subpaths/<volume>/<container>/<n>` of the pod's folder.
     let mount = mounts.iter().rfind(|mount| mount.at == path)?;
-    let (volume, folder) = divide_empty_dir(&mount.root)?;
+    let (volume, folder) = divide(&mount.root, plugin)?;
     let pod = path.ancestors().nth(4)?;
-    let place = pod
-        .join("volumes")
-        .join(EMPTY_DIR)
-        .join(volume.file_name()?);
+    let place = pod.join("volumes").join(plugin).join(volume.file_name()?);
     let name = path.strip_prefix(pod.join("volume-subpaths")).ok()?;
     let is_its_own = name.components().next()?.as_os_str() == volume.file_name()?;
     (is_its_own && place.is_dir()).then_some((place, folder))
 }
 
-/// Divides a path after the name of an emptyDir.
-fn divide_empty_dir(path: &Path) -> Option<(PathBuf, PathBuf)> {
+/// Which folder of the volume that a driver was to mount at `place` is `path`; `None` if it is none.
+fn folder_of_csi(mounts: &[MountPoint], path: &Path, place: &Path) -> Option<PathBuf> {
+    if let Ok(folder) = path.strip_prefix(place) {
+        return Some(folder.to_owned());
+    }
+    // A subPath, as above. The driver may have mounted something at the place nevertheless, or another folder of the same.
+    let (volume, pod) = (place.parent()?, place.ancestors().nth(4)?);
+    let sub_paths = pod.join("volume-subpaths").join(volume.file_name()?);
+    path.strip_prefix(sub_paths).ok()?;
+    let mount = mounts.iter().rfind(|mount| mount.at == path)?;
+    if let Some(bound) = mounts.iter().rfind(|bound| bound.at == place) {
+        return Some(mount.root.strip_prefix(&bound.root).ok()?.to_owned());
+    }
+    let (_, folder) = divide(&mount.root, CSI)?;
+    Some(folder.strip_prefix(CSI_MOUNT).ok()?.to_owned())
+}
+
+/// Divides a path after the name of a volume of `plugin`.
+fn divide(path: &Path, plugin: &str) -> Option<(PathBuf, PathBuf)> {
     let place = path.ancestors().find(|folder| {
         let parent = folder.parent().and_then(Path::file_name);
-        parent == Some(OsStr::new(EMPTY_DIR))
+        parent == Some(OsStr::new(plugin))
     })?;
     let folder = path.strip_prefix(place).ok()?;
     Some((place.to_owned(), folder.to_owned()))
@@ -244,12 +324,44 @@ fn keeps_no_files(place: &Path) -> io::Result<bool> {
 fn disk_volume(place: &Path) -> io::Result<Volume> {
     let owner = place.metadata()?;
     Ok(Volume {
-        // As long as it is there, no other folder of the host has these numbers.
-        name: format!("disk~{}~{}", owner.dev(), owner.ino()),
+        name: name_of_disk(&owner),
         mode: owner.mode() & 0o7777,
         uid: owner.uid(),
         gid: owner.gid(),
         ..Volume::default()
+    })
+}
+
+/// What the guest calls the volume with the folder `place`: as long as that is there, no other folder of the host has these numbers.
+fn name_of_disk(place: &Metadata) -> String {
+    format!("disk~{}~{}", place.dev(), place.ino())
+}
+
+/// The volume at `place` that is the file system on a disk.
+fn direct_volume(place: &Path, direct: &DirectVolume) -> io::Result<OwnVolume> {
+    let Manner { read_only, options } = Manner::of_volume(direct)?;
+    let fs_group = direct.fs_group.map(|group| agent::FsGroup {
+        gid: group.gid,
+        on_root_mismatch: group.policy == ChangePolicy::OnRootMismatch,
+        ..Default::default()
+    });
+    let found = agent::DirectVolume {
+        fstype: direct.fstype.clone(),
+        options,
+        device: direct.device.display().to_string(),
+        fs_group: fs_group.into(),
+        ..Default::default()
+    };
+    Ok(OwnVolume {
+        volume: Volume {
+            name: name_of_disk(&place.metadata()?),
+            direct: Some(found).into(),
+            ..Volume::default()
+        },
+        disk: Some(VolumeDisk::Direct {
+            device: direct.device.clone(),
+            read_only,
+        }),
     })
 }
 
@@ -364,7 +476,7 @@ mod tests {
             sub_path.display(),
             place.display(),
         ));
-        let found = |path: &Path| empty_dir(&mounts, path);
+        let found = |path: &Path| volume_of(&mounts, path, EMPTY_DIR);
         let of = |folder: &str| Some((place.clone(), PathBuf::from(folder)));
         assert_eq!(found(&place), of(""));
         assert_eq!(found(&place.join("a")), of("a"));
@@ -392,7 +504,7 @@ mod tests {
             panic!("no disk");
         };
         assert_eq!(folder, Path::new("sub"));
-        assert_eq!(volume.place.as_ref(), Some(&place));
+        assert_eq!(volume.disk, Some(VolumeDisk::Image(place.clone())));
         assert!(volume.volume.name.starts_with("disk~"), "{volume:?}");
         assert_eq!(volume.volume.mode, 0o755);
         // It stays one, whatever is said later, and whatever else is there.
@@ -443,6 +555,60 @@ mod tests {
             let found = sources.look(&place, false).unwrap();
             assert_eq!(matches!(found, Source::Own { .. }), is_disk, "{uid:?}");
         }
+    }
+
+    #[test]
+    fn volume_with_a_record_is_a_disk_of_its_pod() {
+        let host = tempfile::tempdir().unwrap();
+        let volume = host.path().join("uid/volumes").join(CSI).join("pv");
+        let place = volume.join(CSI_MOUNT);
+        std::fs::create_dir_all(place.join("a")).unwrap();
+        let link = host.path().join("link");
+        std::os::unix::fs::symlink(host.path().join("uid"), &link).unwrap();
+        let records = Records::at(&host.path().join("records"));
+        let direct = DirectVolume {
+            device: "/dev/sdf".into(),
+            fstype: "ext4".to_owned(),
+            options: vec!["noatime".to_owned()],
+            fs_group: None,
+        };
+        records.add(&place, &direct).unwrap();
+        let sources = |uid: &str| Sources {
+            pod_uid: Some(uid.to_owned()),
+            records: records.clone(),
+            ..Sources::default()
+        };
+        let through_link = link.join("volumes").join(CSI).join("pv").join(CSI_MOUNT);
+        for (path, folder) in [(&place, ""), (&place.join("a"), "a"), (&through_link, "")] {
+            let Source::Own {
+                volume,
+                folder: found,
+            } = sources("uid").look(path, false).unwrap()
+            else {
+                panic!("no disk: {}", path.display());
+            };
+            assert_eq!(found, Path::new(folder));
+            let device = VolumeDisk::Direct {
+                device: "/dev/sdf".into(),
+                read_only: false,
+            };
+            assert_eq!(volume.disk, Some(device));
+            let direct = &volume.volume.direct;
+            assert_eq!(
+                (direct.fstype.as_str(), &direct.options[..]),
+                ("ext4", &["noatime".to_owned(), "rw".to_owned()][..])
+            );
+        }
+        let shared = Source::Shared { has_mounts: false };
+        assert_eq!(sources("other").look(&place, false).unwrap(), shared);
+        assert_eq!(sources("uid").look(&volume, false).unwrap(), shared);
+        // One that the guest cannot mount is not shared instead: nobody has mounted it.
+        let fstype = "btrfs".to_owned();
+        records
+            .add(&place, &DirectVolume { fstype, ..direct })
+            .unwrap();
+        let err = sources("uid").look(&place, false).unwrap_err().to_string();
+        assert!(err.contains("as btrfs"), "{err}");
     }
 
     #[test]

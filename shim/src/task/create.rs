@@ -193,8 +193,8 @@ impl Sandbox {
         let mut volumes = Vec::new();
         for own in divided.volumes {
             let mut volume = own.volume;
-            if let Some(place) = &own.place {
-                volume.serial = vm.volume(place).await?;
+            if let Some(disk) = &own.disk {
+                volume.serial = vm.volume(disk).await?;
             }
             volumes.push(volume);
         }
@@ -331,7 +331,8 @@ impl Sandbox {
                 places: divided
                     .volumes
                     .iter()
-                    .filter_map(|own| own.place.clone())
+                    .filter_map(|own| own.disk.as_ref()?.image())
+                    .map(Path::to_owned)
                     .collect(),
                 mib: image_mib,
             },

@@ -3,13 +3,15 @@
 use std::sync::Arc;
 
 use futures::future::join_all;
+use log::warn;
 
 use crate::error::Error;
 use crate::process::KILL;
 use crate::sandbox::Sandbox;
 
 impl Sandbox {
-    /// Kills every container and waits for their ends, which [`Sandbox::kill`] sees to. May be called more than once.
+    /// Kills every container and waits for their ends, which [`Sandbox::kill`] sees to; then the guest lets go of its volumes. May be
+    /// called more than once.
     ///
     /// # Errors
     /// The first one; the other containers are killed all the same.
@@ -28,6 +30,22 @@ impl Sandbox {
             return Err(err);
         }
         join_all(containers.iter().map(|container| container.init().wait())).await;
+        // The sandbox is deleted when it is removed, and others may be given its volumes' disks before. By now containerd has
+        // deleted the containers.
+        for container in containers.iter().filter(|one| one.is_sandbox()) {
+            let removed = container.vm().agent().remove_container(container.id());
+            match removed.await {
+                Ok(()) if self.has_no_other(container.id()) => {
+                    container.vm().unplug_volumes().await
+                }
+                Ok(()) | Err(Error::VmEnded(_)) => {}
+                Err(err) => warn!(
+                    "the guest does not let go of {}: {}",
+                    container.id(),
+                    err.chain()
+                ),
+            }
+        }
         Ok(())
     }
 
