@@ -228,6 +228,9 @@ class Pods(PodCase):
         subprocess.run(["umount", volume], check=True)
         again = self.pod().start(mounts=mounts)
         self.assertEqual(again.output_of("cat", "/data/sub/file"), "common\nmore")
+        # Nothing is in kubelet's way.
+        self.command("husk", "volume", "remove", volume, code=0)
+        os.rmdir(volume)
 
     def test_volume_that_the_guest_cannot_mount(self):
         if self.runtime != "husk":

@@ -13,7 +13,7 @@ use std::collections::hash_map::Entry;
 use std::fs;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -69,6 +69,15 @@ enum Slot {
     Created(Arc<Container>),
 }
 
+impl Slot {
+    fn is_gone(&self) -> bool {
+        match self {
+            Self::Creating => false,
+            Self::Created(container) => container.is_gone.load(Ordering::Relaxed),
+        }
+    }
+}
+
 /// One container.
 #[derive(Debug)]
 pub(crate) struct Container {
@@ -80,6 +89,11 @@ pub(crate) struct Container {
     state: Mutex<State>,
     oom_kills: watch::Sender<u64>,
     oom_watch: JoinHandle<()>,
+    is_sandbox: bool,
+    /// Nothing of it uses a volume any more. Set with the slots locked, so that one of several sees that it is the last.
+    is_gone: AtomicBool,
+    /// Locked by who removes it.
+    is_removed: tokio::sync::Mutex<bool>,
     /// Of folders of volumes, and of a sandbox's namespaces.
     _mounts: [Mounts; 2],
 }
@@ -153,7 +167,14 @@ impl Containers {
         };
         let built = self.build(&creation, streams).await;
         if built.is_err() {
-            self.give_back(id).await;
+            disks::unmount_root(id).await;
+            let is_alone = self
+                .slots()
+                .iter()
+                .all(|(other, slot)| other == id || slot.is_gone());
+            if is_alone {
+                self.close_volumes().await;
+            }
         }
         let mut slots = self.slots();
         match built {
@@ -256,23 +277,11 @@ impl Containers {
             state: Mutex::new(State::Created(launch.reports)),
             oom_kills,
             oom_watch,
+            is_sandbox: sandbox,
+            is_gone: AtomicBool::new(false),
+            is_removed: tokio::sync::Mutex::default(),
             _mounts: [folders, namespaces],
         })
-    }
-
-    /// Brings to its disks what container `id` has written, which is gone, and unmounts what nobody has any more.
-    async fn give_back(&self, id: &str) {
-        disks::unmount_root(id).await;
-        let is_last = self.slots().keys().all(|other| other == id);
-        let volumes = Arc::clone(&self.volumes);
-        blocking(move || {
-            if is_last {
-                volumes.close();
-            } else {
-                volumes.sync();
-            }
-        })
-        .await;
     }
 
     /// The files of the disks that volumes are on, by their serials.
@@ -403,31 +412,45 @@ impl Containers {
 
     /// Kills what is left of a container and frees what it holds. An unknown one is no error.
     pub(crate) async fn remove(&self, id: &str) -> Result<()> {
-        let container = match self.slots().entry(id.to_owned()) {
-            Entry::Vacant(_) => return Ok(()),
-            Entry::Occupied(slot) => match slot.get() {
-                Slot::Creating => {
-                    return Err(Error::WrongState {
-                        id: id.to_owned(),
-                        is: "being created",
-                        wanted: "created",
-                    });
-                }
-                Slot::Created(container) => {
-                    let container = Arc::clone(container);
-                    slot.remove();
-                    container
-                }
-            },
+        let container = match self.slots().get(id) {
+            None => return Ok(()),
+            Some(Slot::Creating) => {
+                return Err(Error::WrongState {
+                    id: id.to_owned(),
+                    is: "being created",
+                    wanted: "created",
+                });
+            }
+            Some(Slot::Created(container)) => Arc::clone(container),
         };
-        if let Err(error) = container.clear().await {
-            self.slots().insert(id.to_owned(), Slot::Created(container));
-            return Err(error);
+        // Who asks again meanwhile waits for what he has asked for.
+        let mut is_removed = container.is_removed.lock().await;
+        if *is_removed {
+            return Ok(());
         }
-        self.give_back(id).await;
+        container.clear().await?;
+        disks::unmount_root(id).await;
+        let volumes = Arc::clone(&self.volumes);
+        blocking(move || volumes.sync()).await;
+        let is_last = {
+            let slots = self.slots();
+            container.is_gone.store(true, Ordering::Relaxed);
+            slots.values().all(Slot::is_gone)
+        };
+        // With its sandbox the pod is over, whatever a process may hold up.
+        if is_last || container.is_sandbox {
+            self.close_volumes().await;
+        }
         self.forget(id);
         self.removed.add(id);
+        self.slots().remove(id);
+        *is_removed = true;
         Ok(())
+    }
+
+    async fn close_volumes(&self) {
+        let volumes = Arc::clone(&self.volumes);
+        blocking(move || volumes.close()).await;
     }
 
     pub(crate) fn get(&self, id: &str) -> Result<Arc<Container>> {

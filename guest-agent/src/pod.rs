@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use husk_protocol::{POD_NAMESPACES, POD_VOLUMES, agent};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -90,19 +90,13 @@ impl Drop for Mounts {
 #[derive(Debug)]
 pub(crate) struct Volumes {
     root: PathBuf,
-    /// By their names.
-    slots: Mutex<HashMap<String, Arc<Slot>>>,
+    /// By their names. Each is locked while it is made or unmounted, which may take long: others of the same wait, and nobody
+    /// else.
+    slots: Mutex<HashMap<String, Arc<Mutex<Option<Made>>>>>,
     folders: AtomicU64,
 }
 
-/// A volume that is there, or is being made.
-#[derive(Debug, Default)]
-struct Slot {
-    /// Held by who makes it, which may take long: others of the same wait, and nobody else.
-    making: Mutex<()>,
-    made: OnceLock<Made>,
-}
-
+/// A volume that is there.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Made {
     InMemory,
@@ -133,8 +127,8 @@ impl Volumes {
         for volume in volumes {
             let point = self.root.join(component(&volume.name)?);
             let slot = self.slots().entry(volume.name.clone()).or_default().clone();
-            let _alone = slot.making.lock().unwrap_or_else(PoisonError::into_inner);
-            if slot.made.get().is_some() {
+            let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+            if slot.is_some() {
                 continue;
             }
             let what = || format!("making the volume {}", volume.name);
@@ -154,37 +148,45 @@ impl Volumes {
                     Made::OnDisk
                 }
             };
-            slot.made.get_or_init(|| made);
+            *slot = Some(made);
         }
         Ok(())
     }
 
     /// Brings what was written to the volumes to their disks. Waits for these.
     pub(crate) fn sync(&self) {
-        let names = self
-            .slots()
-            .iter()
-            .filter(|(_, slot)| slot.is_on_disk())
-            .map(|(name, _)| name.clone())
-            .collect::<Vec<_>>();
-        names
-            .iter()
-            .for_each(|name| disks::sync(&self.root.join(name)));
+        for (name, slot) in self.all() {
+            // One that is locked has nothing yet, or is unmounted.
+            let is_on_disk = slot
+                .try_lock()
+                .is_ok_and(|slot| *slot == Some(Made::OnDisk));
+            if is_on_disk {
+                disks::sync(&self.root.join(name));
+            }
+        }
     }
 
     /// Unmounts those on disks, which no container has any more: what mounts one next finds nothing to be recovered. Waits for
     /// the disks.
     pub(crate) fn close(&self) {
-        let closed: Vec<_> = self
-            .slots()
-            .extract_if(|_, slot| slot.is_on_disk())
-            .collect();
-        closed
-            .iter()
-            .for_each(|(name, _)| disks::close(&self.root.join(name)));
+        for (name, slot) in self.all() {
+            let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+            if *slot == Some(Made::OnDisk) {
+                disks::close(&self.root.join(name));
+                *slot = None;
+            }
+        }
     }
 
-    fn slots(&self) -> MutexGuard<'_, HashMap<String, Arc<Slot>>> {
+    fn all(&self) -> Vec<(String, Arc<Mutex<Option<Made>>>)> {
+        let slots = self.slots();
+        let all = slots
+            .iter()
+            .map(|(name, slot)| (name.clone(), Arc::clone(slot)));
+        all.collect()
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<String, Arc<Mutex<Option<Made>>>>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -220,12 +222,6 @@ impl Volumes {
             mount.set_source(Some(point));
         }
         Ok(mounts)
-    }
-}
-
-impl Slot {
-    fn is_on_disk(&self) -> bool {
-        self.made.get() == Some(&Made::OnDisk)
     }
 }
 

@@ -27,6 +27,9 @@ use crate::vm::End;
 /// guest can be hostile, and a task of the shim that waits for ever is a leak.
 const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 
+/// How long it may take to remove a container: as long as a disk to take what is still in the guest's memory.
+const REMOVAL_LIMIT: Duration = Duration::from_secs(600);
+
 /// How long the news of a VM's end may take to overtake the news that its connections failed: the worker has to be
 /// reaped for it.
 const END_LIMIT: Duration = Duration::from_secs(5);
@@ -95,7 +98,8 @@ impl Agent {
             container_id: id.to_owned(),
             ..Default::default()
         };
-        self.call(
+        self.call_within(
+            REMOVAL_LIMIT,
             "RemoveContainer",
             self.client.remove_container(Context::default(), &request),
         )
@@ -293,12 +297,18 @@ impl Agent {
         verb: &'static str,
         rpc: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, Error> {
-        tokio::time::timeout(ANSWER_LIMIT, self.wait(verb, rpc))
+        self.call_within(ANSWER_LIMIT, verb, rpc).await
+    }
+
+    async fn call_within<T>(
+        &self,
+        limit: Duration,
+        verb: &'static str,
+        rpc: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, Error> {
+        tokio::time::timeout(limit, self.wait(verb, rpc))
             .await
-            .unwrap_or(Err(Error::AgentTimeout {
-                verb,
-                limit: ANSWER_LIMIT,
-            }))
+            .unwrap_or(Err(Error::AgentTimeout { verb, limit }))
     }
 
     async fn wait<T>(

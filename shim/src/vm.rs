@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures::future::join_all;
 use husk_config::{Cache, Config, Sharing, Storage};
 use husk_protocol::agent::Folder;
 use husk_protocol::{AGENT_PORT, GUEST_CID, READY_PORT, SHARE_TAG, notice};
@@ -364,15 +365,24 @@ impl Vm {
         Ok(serial.clone())
     }
 
-    /// Takes the disks of volumes away, which nobody has any more. One that the guest does not let go of stays.
+    /// Takes the disks of volumes away, which nobody has any more. Those that the guest does not let go of stay.
     pub(crate) async fn unplug_volumes(&self) {
-        let volumes =
-            std::mem::take(&mut *self.volumes.lock().unwrap_or_else(PoisonError::into_inner));
-        for serial in volumes.values().filter_map(|volume| volume.get()) {
-            if let Err(err) = self.unplug(serial).await {
-                warn!("the guest keeps {serial}: {}", err.chain());
+        let volumes = self
+            .volumes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        join_all(volumes.iter().map(async |(disk, volume)| {
+            let Some(serial) = volume.get() else { return };
+            match self.unplug(serial).await {
+                Ok(()) => {
+                    let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+                    volumes.remove(disk);
+                }
+                Err(err) => warn!("the guest keeps {serial}: {}", err.chain()),
             }
-        }
+        }))
+        .await;
     }
 
     /// Takes a disk away, and returns when it is closed.

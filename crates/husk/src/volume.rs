@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use husk_protocol::GUEST_FILE_SYSTEMS;
 use husk_volumes::{ChangePolicy, DirectVolume, FsGroup, Records};
+use walkdir::WalkDir;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -15,7 +16,8 @@ pub(crate) enum Command {
     ///
     /// For a CSI driver's NodePublishVolume, instead of mounting, with the target path. The host must not mount the disk.
     Add(Add),
-    /// Forgets what was said of PATH. For a CSI driver's NodeUnpublishVolume. A container that has the volume keeps it.
+    /// Forgets what was said of PATH, and removes empty folders in it, which kubelet makes for subPaths and leaves there. For a CSI
+    /// driver's NodeUnpublishVolume. A container that has the volume keeps it.
     Remove {
         /// The volume's folder.
         path: PathBuf,
@@ -62,13 +64,35 @@ pub(crate) fn run(command: Command) -> anyhow::Result<()> {
             };
             Ok(records.add(&place, &volume)?)
         }
-        Command::Remove { path } => Ok(records.remove(&absolute(&path)?)?),
+        Command::Remove { path } => {
+            let place = absolute(&path)?;
+            records.remove(&place)?;
+            remove_folders(&place);
+            Ok(())
+        }
     }
 }
 
 /// By itself as it was given; what it leads to may be gone already.
 fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
-    std::path::absolute(path).with_context(|| format!("{} is no path", path.display()))
+    let path =
+        std::path::absolute(path).with_context(|| format!("{} is no path", path.display()))?;
+    // Without a slash at its end.
+    Ok(path.components().collect())
+}
+
+/// kubelet makes folders for subPaths, which it takes for the volume's, and does not remove, but wants the volume's own folder to be
+/// empty then. What is in use, or holds anything, stays.
+fn remove_folders(place: &Path) {
+    let entries = WalkDir::new(place)
+        .min_depth(1)
+        .same_file_system(true)
+        .contents_first(true);
+    for folder in entries.into_iter().flatten() {
+        if folder.file_type().is_dir() {
+            let _ = std::fs::remove_dir(folder.path());
+        }
+    }
 }
 
 fn device(path: &Path) -> anyhow::Result<PathBuf> {
@@ -85,6 +109,31 @@ fn device(path: &Path) -> anyhow::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn folders_of_sub_paths_are_removed_and_nothing_else() {
+        let place = tempfile::tempdir().unwrap();
+        for folder in ["a/b", "c", "d/e"] {
+            std::fs::create_dir_all(place.path().join(folder)).unwrap();
+        }
+        std::fs::write(place.path().join("d/file"), "").unwrap();
+        remove_folders(place.path());
+        let mut left: Vec<_> = WalkDir::new(place.path())
+            .min_depth(1)
+            .into_iter()
+            .map(|entry| entry.unwrap().file_name().to_owned())
+            .collect();
+        left.sort();
+        assert_eq!(left, ["d", "file"]);
+    }
+
+    #[test]
+    fn path_is_one_however_it_is_spelled() {
+        assert_eq!(
+            absolute(Path::new("/a//b/./c/")).unwrap(),
+            Path::new("/a/b/c")
+        );
+    }
 
     #[test]
     fn disk_has_to_be_one() {

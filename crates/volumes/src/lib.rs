@@ -421,6 +421,7 @@ mod tests {
             (block("{}").replace("block", "spdkvol"), "spdkvol"),
             (block(r#"{"fsGroup":"-1"}"#), "fsGroup \"-1\""),
             (block(r#"{"encryptionKey":"k"}"#), "encryptionKey"),
+            (block(r#"{"createFilesystem":"true"}"#), "createFilesystem"),
         ] {
             let err = left(&text).unwrap_err().to_string();
             assert!(err.contains(why), "{text}: {err}");

@@ -220,7 +220,7 @@ impl Manner {
 }
 
 /// Whether an option says nothing to a kernel that mounts a disk.
-fn is_of_tool(option: &str) -> bool {
+pub(super) fn is_of_tool(option: &str) -> bool {
     let starts = ["loop=", "x-", "X-", "comment="];
     TOOL_OPTIONS.contains(&option) || starts.iter().any(|start| option.starts_with(start))
 }
@@ -320,6 +320,7 @@ mod tests {
                 "rw",
                 "_netdev",
                 "x-systemd.automount",
+                "bind",
                 "noatime",
             ],
         ))

@@ -16,7 +16,7 @@ use log::info;
 use nix::sys::statfs::{FsType, statfs};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::disk::{Disk, is_of_host, is_whole_root, open_image};
+use super::disk::{Disk, is_of_host, is_of_tool, is_whole_root, open_image};
 use super::{failed, image};
 use crate::error::Error;
 
@@ -127,6 +127,7 @@ impl Overlay {
                 }
                 Some(("upperdir", folder)) => overlay.upper = Some(folder.into()),
                 Some(("workdir", _)) => {}
+                _ if is_of_tool(option) => {}
                 _ if is_of_host(option) => return None,
                 _ => overlay.others.push(option.clone()),
             }
@@ -176,6 +177,7 @@ mod tests {
             "workdir=/c/work",
             "upperdir=/c/fs",
             "lowerdir=/b/fs:/a/fs",
+            "x-of-a-tool=/path",
         ];
         let expected = Overlay {
             lower: vec!["/b/fs".into(), "/a/fs".into()],

@@ -188,7 +188,7 @@ impl Sources {
             let Ok(place) = named.canonicalize() else {
                 continue;
             };
-            if let Some(folder) = folder_of_csi(mounts, path, &place)
+            if let Some(folder) = folder_of_csi(mounts, path, &place)?
                 && let Some(direct) = self.records.find(named).map_err(io::Error::other)?
             {
                 return Ok(Some((place, folder, direct)));
@@ -267,20 +267,31 @@ fn volume_of(mounts: &[MountPoint], path: &Path, plugin: &str) -> Option<(PathBu
 }
 
 /// Which folder of the volume that a driver was to mount at `place` is `path`; `None` if it is none.
-fn folder_of_csi(mounts: &[MountPoint], path: &Path, place: &Path) -> Option<PathBuf> {
+fn folder_of_csi(mounts: &[MountPoint], path: &Path, place: &Path) -> io::Result<Option<PathBuf>> {
     if let Ok(folder) = path.strip_prefix(place) {
-        return Some(folder.to_owned());
+        return Ok(Some(folder.to_owned()));
     }
-    // A subPath, as above. The driver may have mounted something at the place nevertheless, or another folder of the same.
-    let (volume, pod) = (place.parent()?, place.ancestors().nth(4)?);
-    let sub_paths = pod.join("volume-subpaths").join(volume.file_name()?);
-    path.strip_prefix(sub_paths).ok()?;
-    let mount = mounts.iter().rfind(|mount| mount.at == path)?;
-    if let Some(bound) = mounts.iter().rfind(|bound| bound.at == place) {
-        return Some(mount.root.strip_prefix(&bound.root).ok()?.to_owned());
+    // A subPath, as above.
+    let (Some(volume), Some(pod)) = (place.parent(), place.ancestors().nth(4)) else {
+        return Ok(None);
+    };
+    let name = volume.file_name().unwrap_or_default();
+    if !path.starts_with(pod.join("volume-subpaths").join(name)) {
+        return Ok(None);
     }
-    let (_, folder) = divide(&mount.root, CSI)?;
-    Some(folder.strip_prefix(CSI_MOUNT).ok()?.to_owned())
+    let mount = mounts.iter().rfind(|mount| mount.at == path);
+    let folder = mount.and_then(|mount| {
+        // The driver may have mounted something at the place nevertheless, or another folder of the same.
+        let bound = mounts.iter().rfind(|bound| bound.at == place);
+        if let Some(bound) = bound.filter(|bound| bound.device == mount.device) {
+            return Some(mount.root.strip_prefix(&bound.root).ok()?.to_owned());
+        }
+        let (_, folder) = divide(&mount.root, CSI)?;
+        Some(folder.strip_prefix(CSI_MOUNT).ok()?.to_owned())
+    });
+    // What it is on the host is nothing that anybody wants.
+    let unknown = || io::Error::other(format!("it is no folder of the volume {}", place.display()));
+    folder.map(Some).ok_or_else(unknown)
 }
 
 /// Divides a path after the name of a volume of `plugin`.
@@ -599,6 +610,22 @@ mod tests {
                 ("ext4", &["noatime".to_owned(), "rw".to_owned()][..])
             );
         }
+        // subPaths, of the folder that is there, and of one that the driver has bound to it.
+        let sub_path = host.path().join("uid/volume-subpaths/pv/c/0");
+        let line = |root: &Path, at: &Path| {
+            format!(
+                "1 0 8:1 {} {} rw - ext4 /dev/sda1 rw\n",
+                root.display(),
+                at.display()
+            )
+        };
+        let of_place = line(&place.join("a/b"), &sub_path);
+        let bound = line(Path::new("/staged"), &place) + &line(Path::new("/staged/c"), &sub_path);
+        let elsewhere = line(Path::new("/elsewhere"), &sub_path);
+        let folder = |lines: &str| folder_of_csi(&parse(lines), &sub_path, &place);
+        assert_eq!(folder(&of_place).unwrap(), Some("a/b".into()));
+        assert_eq!(folder(&bound).unwrap(), Some("c".into()));
+        assert!(folder(&elsewhere).is_err() && folder("").is_err());
         let shared = Source::Shared { has_mounts: false };
         assert_eq!(sources("other").look(&place, false).unwrap(), shared);
         assert_eq!(sources("uid").look(&volume, false).unwrap(), shared);

@@ -35,10 +35,8 @@ impl Sandbox {
         for container in containers.iter().filter(|one| one.is_sandbox()) {
             let removed = container.vm().agent().remove_container(container.id());
             match removed.await {
-                Ok(()) if self.has_no_other(container.id()) => {
-                    container.vm().unplug_volumes().await
-                }
-                Ok(()) | Err(Error::VmEnded(_)) => {}
+                Ok(()) => container.vm().unplug_volumes().await,
+                Err(Error::VmEnded(_)) => {}
                 Err(err) => warn!(
                     "the guest does not let go of {}: {}",
                     container.id(),
