@@ -30,8 +30,7 @@ impl Sandbox {
             return Err(err);
         }
         join_all(containers.iter().map(|container| container.init().wait())).await;
-        // The sandbox is deleted when it is removed, and others may be given its volumes' disks before. By now containerd has
-        // deleted the containers.
+        // containerd deletes the sandbox when the pod is removed, and others may be given its volumes' disks before.
         for container in containers.iter().filter(|one| one.is_sandbox()) {
             let removed = container.vm().agent().remove_container(container.id());
             match removed.await {
