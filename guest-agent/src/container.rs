@@ -69,6 +69,13 @@ enum Slot {
     Created(Arc<Container>),
 }
 
+/// Whether of all containers but `id` nothing uses a volume any more.
+fn nobody_else(slots: &HashMap<String, Slot>, id: &str) -> bool {
+    slots
+        .iter()
+        .all(|(other, slot)| other == id || slot.is_gone())
+}
+
 impl Slot {
     fn is_gone(&self) -> bool {
         match self {
@@ -168,11 +175,7 @@ impl Containers {
         let built = self.build(&creation, streams).await;
         if built.is_err() {
             disks::unmount_root(id).await;
-            let is_alone = self
-                .slots()
-                .iter()
-                .all(|(other, slot)| other == id || slot.is_gone());
-            if is_alone {
+            if nobody_else(&self.slots(), id) {
                 self.close_volumes().await;
             }
         }
@@ -435,7 +438,7 @@ impl Containers {
         let is_last = {
             let slots = self.slots();
             container.is_gone.store(true, Ordering::Relaxed);
-            slots.values().all(Slot::is_gone)
+            nobody_else(&slots, id)
         };
         // With its sandbox the pod is over, whatever a process may hold up.
         if is_last || container.is_sandbox {

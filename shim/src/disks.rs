@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use futures::future::join_all;
 use husk_protocol::agent::{DiskDevice, RootDisk, RootLayers};
-use log::warn;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::error::Error;
@@ -81,17 +80,7 @@ impl Disks {
         // There may be no disk for what is written.
         let serials = serials.filter(|serial| !serial.is_empty());
         // All at the same time: a guest that ignores it holds each up as long as it may.
-        let unplugged = join_all(serials.map(|serial| async move {
-            match vm.unplug(serial).await {
-                // With the VM its disks are closed.
-                Ok(()) | Err(Error::VmEnded(_)) => true,
-                Err(err) => {
-                    warn!("the guest keeps {serial}: {}", err.chain());
-                    false
-                }
-            }
-        }))
-        .await;
+        let unplugged = join_all(serials.map(|serial| vm.unplug(serial))).await;
         if unplugged.contains(&false)
             && let Some(slots) = &self.slots
         {

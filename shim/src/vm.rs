@@ -374,21 +374,25 @@ impl Vm {
             .clone();
         join_all(volumes.iter().map(async |(disk, volume)| {
             let Some(serial) = volume.get() else { return };
-            match self.unplug(serial).await {
-                Ok(()) => {
-                    let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
-                    volumes.remove(disk);
-                }
-                Err(err) => warn!("the guest keeps {serial}: {}", err.chain()),
+            if self.unplug(serial).await {
+                let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+                volumes.remove(disk);
             }
         }))
         .await;
     }
 
-    /// Takes a disk away, and returns when it is closed.
-    pub(crate) async fn unplug(&self, serial: &str) -> Result<(), Error> {
+    /// Takes a disk away, and returns when it is closed; false if the guest does not let go of it.
+    pub(crate) async fn unplug(&self, serial: &str) -> bool {
         let removed = self.worker.0.remove_disk(serial.to_owned()).await;
-        or_end(removed, &self.end).await
+        match or_end(removed, &self.end).await {
+            // With the VM its disks are closed.
+            Ok(()) | Err(Error::VmEnded(_)) => true,
+            Err(err) => {
+                warn!("the guest keeps {serial}: {}", err.chain());
+                false
+            }
+        }
     }
 
     /// Keeps slots taken for as long as there is the VM.
